@@ -1,0 +1,14 @@
+"""Lightning callbacks that gather what a later merge needs while an expert trains.
+
+The sources live in the top-level folder ``callbacks/``; the package is ``lit_merge.callbacks``.
+"""
+
+if __name__ != "lit_merge.callbacks":
+    raise ImportError(
+        f'import "lit_merge.callbacks", not "{__name__}": one class must not have two identities.'
+    )
+
+from lit_merge.callbacks.activation_statistics import ActivationStatistics
+from lit_merge.callbacks.diagonal_hessian import DiagonalHessian
+
+__all__ = ["ActivationStatistics", "DiagonalHessian"]

@@ -1,0 +1,121 @@
+"""What the callbacks put into an expert folder: the module's weights, and what is known of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lit_merge.checkpoint import alignment, fingerprint, plain_names
+from lit_merge.errors import InputError
+from lit_merge.expert import ExpertInfo, add_to_expert, open_expert, write_expert
+from lit_merge.parameters import detect_heads
+
+
+def plain_names_of(module: nn.Module) -> dict[str, str]:
+    """Return the plain name of each tensor of a module: without what torch.compile puts into it."""
+    return plain_names(name for name, v in module.state_dict().items() if isinstance(v, Tensor))
+
+
+def weights_of(module: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors of a module's state dict under plain names, not copied."""
+    state = module.state_dict()
+    return {plain: state[name] for name, plain in plain_names_of(module).items()}
+
+
+def describe(module: nn.Module) -> ExpertInfo:
+    """Return what a module itself tells: its heads, frozen and tied parameters."""
+    parameters = list(module.named_parameters(remove_duplicate=False))
+    uses: dict[int, list[str]] = {}
+    for name, parameter in parameters:
+        uses.setdefault(id(parameter), []).append(name)
+    return ExpertInfo(
+        head_parameters=detect_heads(module),
+        frozen_parameters=tuple(n for n, p in parameters if not p.requires_grad),
+        tied_parameters=tuple(tuple(names) for names in uses.values() if len(names) > 1),
+        details={"module": f"{type(module).__module__}.{type(module).__qualname__}"},
+    )
+
+
+def save_expert(
+    path: Path,
+    *,
+    module: nn.Module,
+    info: ExpertInfo,
+    join: bool,
+    replace_folder: bool,
+    hessian: Mapping[str, Tensor] | None = None,
+    activations: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write an expert folder, or add to one that has the same weights.
+
+    Args:
+        path: The folder.
+        module: Where the weights are taken from.
+        info: What is known about the expert; entries that are None say nothing.
+        join: Whether the folder is an expert folder of these weights, to be added to; their names
+            may differ by a prefix.
+        replace_folder: Whether any other folder may be replaced.
+        hessian: Σ over the training examples, by parameter name.
+        activations: Statistics by site.
+
+    Raises:
+        InputError: The folder may not be written, or the values are not finite.
+    """
+    plain = plain_names_of(module)
+    state = module.state_dict()
+    weights = {name: state[name] for name in plain}
+    if not join:
+        write_expert(
+            path,
+            weights=weights,
+            info=info,
+            hessian=hessian,
+            activations=activations,
+            replace=replace_folder,
+        )
+        return
+    there = open_expert(path)
+    aligned = alignment(plain.values(), there.weights)
+    there.close()
+
+    def names(group: Iterable[str]) -> tuple[str, ...]:
+        return tuple(aligned[plain[name]] for name in group)
+
+    changes: dict[str, Any] = {
+        "details": {**there.info.details, **info.details},
+        "head_parameters": names(info.head_parameters),
+        "frozen_parameters": names(info.frozen_parameters),
+        "tied_parameters": tuple(names(group) for group in info.tied_parameters),
+    }
+    for key in ("task", "estimator", "labels", "num_examples"):
+        if getattr(info, key) is not None:
+            changes[key] = getattr(info, key)
+    if hessian is not None:
+        hessian = dict(zip(names(hessian), hessian.values(), strict=True))
+    add_to_expert(
+        path,
+        weights_fingerprint=fingerprint(weights_of(module)),
+        info_changes=changes,
+        hessian=hessian,
+        activations=activations,
+    )
+
+
+def run_of(path: Path) -> str | None:
+    """Return the identifier of the run that wrote an expert folder, None if nothing tells."""
+    try:
+        expert = open_expert(path)
+    except InputError:
+        return None
+    expert.close()
+    run = expert.info.details.get("run")
+    return run if isinstance(run, str) else None
+
+
+def with_details(info: ExpertInfo, **details: Any) -> ExpertInfo:
+    """Return the same information with more details."""
+    return replace(info, details={**info.details, **details})

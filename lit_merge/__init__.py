@@ -1,0 +1,154 @@
+"""Train fine-tuned experts with PyTorch Lightning and merge them into one model.
+
+The names here, and the subpackages, are imported when they are first used, so that neither
+``import lit_merge`` nor the command line pays for what it does not need.
+"""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
+
+from lit_merge.errors import InputError
+
+if TYPE_CHECKING:
+    from lit_merge import callbacks, correction, curvature, methods
+    from lit_merge.checkpoint_curvature import curvature_of_checkpoint
+    from lit_merge.correction import RescaleShift
+    from lit_merge.evaluation import Evaluation, EvaluationRow
+    from lit_merge.evaluation_file import read_evaluation, write_evaluation
+    from lit_merge.expert import Expert, ExpertInfo, open_expert, write_expert
+    from lit_merge.inspection import Inspection, inspect_path
+    from lit_merge.measurement import evaluate
+    from lit_merge.merge_record import MergeRecord, read_merge_record
+    from lit_merge.methods import (
+        TIES,
+        Average,
+        FisherAverage,
+        GradientMatching,
+        MergeMethod,
+        TaskArithmetic,
+        WeightedAverage,
+    )
+    from lit_merge.model_entry import ModelEntry
+    from lit_merge.module import MergeModule
+    from lit_merge.parameters import ParametersPolicy
+    from lit_merge.report import write_report
+    from lit_merge.streaming import MergeResult, merge, merge_state_dicts
+    from lit_merge.tasks import (
+        ClassificationModule,
+        ImageTask,
+        MultiTaskDataModule,
+        Task,
+        TaskDataModule,
+        TextTask,
+        TimmClassifier,
+        TransformersClassifier,
+    )
+
+try:
+    __version__ = version("lit-merge")
+except PackageNotFoundError:  # run from a source tree that is not installed
+    __version__ = "unknown"
+
+_SUBPACKAGES = ("callbacks", "correction", "curvature", "methods")
+_HOMES = {
+    "TIES": "methods",
+    "Average": "methods",
+    "ClassificationModule": "tasks",
+    "Evaluation": "evaluation",
+    "EvaluationRow": "evaluation",
+    "Expert": "expert",
+    "ExpertInfo": "expert",
+    "FisherAverage": "methods",
+    "GradientMatching": "methods",
+    "ImageTask": "tasks",
+    "Inspection": "inspection",
+    "MergeMethod": "methods",
+    "MergeModule": "module",
+    "MergeRecord": "merge_record",
+    "MergeResult": "streaming",
+    "ModelEntry": "model_entry",
+    "MultiTaskDataModule": "tasks",
+    "ParametersPolicy": "parameters",
+    "RescaleShift": "correction",
+    "Task": "tasks",
+    "TaskArithmetic": "methods",
+    "TaskDataModule": "tasks",
+    "TextTask": "tasks",
+    "TimmClassifier": "tasks",
+    "TransformersClassifier": "tasks",
+    "WeightedAverage": "methods",
+    "curvature_of_checkpoint": "checkpoint_curvature",
+    "evaluate": "measurement",
+    "inspect_path": "inspection",
+    "merge": "streaming",
+    "merge_state_dicts": "streaming",
+    "open_expert": "expert",
+    "read_evaluation": "evaluation_file",
+    "read_merge_record": "merge_record",
+    "write_evaluation": "evaluation_file",
+    "write_expert": "expert",
+    "write_report": "report",
+}
+
+__all__ = [
+    "TIES",
+    "Average",
+    "ClassificationModule",
+    "Evaluation",
+    "EvaluationRow",
+    "Expert",
+    "ExpertInfo",
+    "FisherAverage",
+    "GradientMatching",
+    "ImageTask",
+    "InputError",
+    "Inspection",
+    "MergeMethod",
+    "MergeModule",
+    "MergeRecord",
+    "MergeResult",
+    "ModelEntry",
+    "MultiTaskDataModule",
+    "ParametersPolicy",
+    "RescaleShift",
+    "Task",
+    "TaskArithmetic",
+    "TaskDataModule",
+    "TextTask",
+    "TimmClassifier",
+    "TransformersClassifier",
+    "WeightedAverage",
+    "__version__",
+    "callbacks",
+    "correction",
+    "curvature",
+    "curvature_of_checkpoint",
+    "evaluate",
+    "inspect_path",
+    "merge",
+    "merge_state_dicts",
+    "methods",
+    "open_expert",
+    "read_evaluation",
+    "read_merge_record",
+    "write_evaluation",
+    "write_expert",
+    "write_report",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _SUBPACKAGES:
+        return importlib.import_module(f"lit_merge.{name}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lit_merge' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"lit_merge.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_SUBPACKAGES, *_HOMES})

@@ -1,0 +1,65 @@
+"""Random numbers that depend only on (seed, example, stream, position).
+
+A counter-based generator: a number is a hash of its address, so that it does not matter in which
+batch, in which order or on which rank an example is seen. The hash is the finaliser of splitmix64
+(Steele, Lea and Flood (2014), "Fast splittable pseudorandom number generators").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MULTIPLIERS = (0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
+_MASK = (1 << 64) - 1
+
+
+def uniforms(seed: int, stream: int, indices: Sequence[int], count: int) -> Tensor:
+    """Return numbers that are uniform in the open interval (0, 1).
+
+    Args:
+        seed: Any integer.
+        stream: Which of several sequences per example.
+        indices: The examples.
+        count: How many numbers per example; the first ones do not depend on it.
+
+    Returns:
+        [len(indices), count], float64, on the CPU.
+    """
+    key = _mix_int((_mix_int(seed * _GOLDEN) + (stream + 1) * _GOLDEN) & _MASK)
+    examples = torch.tensor([_signed(_mix_int(key + (i + 1) * _GOLDEN)) for i in indices])
+    positions = torch.arange(1, count + 1, dtype=torch.int64) * _signed(_GOLDEN)
+    bits = _mix(examples.to(torch.int64)[:, None] + positions)
+    return (_shift(bits, 12).double() + 0.5) / 2.0**52
+
+
+def normals(seed: int, stream: int, indices: Sequence[int], count: int) -> Tensor:
+    """Return standard normal numbers; arguments and result as for :func:`uniforms`."""
+    return math.sqrt(2.0) * torch.erfinv(2 * uniforms(seed, stream, indices, count) - 1)
+
+
+def _mix(z: Tensor) -> Tensor:
+    """Hash int64 numbers; products wrap around."""
+    z = (z ^ _shift(z, 30)) * _signed(_MULTIPLIERS[0])
+    z = (z ^ _shift(z, 27)) * _signed(_MULTIPLIERS[1])
+    return z ^ _shift(z, 31)
+
+
+def _mix_int(z: int) -> int:
+    z &= _MASK
+    z = ((z ^ (z >> 30)) * _MULTIPLIERS[0]) & _MASK
+    z = ((z ^ (z >> 27)) * _MULTIPLIERS[1]) & _MASK
+    return z ^ (z >> 31)
+
+
+def _shift(z: Tensor, bits: int) -> Tensor:
+    """Shift right without copying the sign."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(z: int) -> int:
+    return z - (1 << 64) if z >= 1 << 63 else z

@@ -1,0 +1,186 @@
+"""Sums, gatherings and errors across ranks: the only file that names process groups and DTensor.
+
+Everything here is a no-op for one process, so callers need no branches. The functions that talk to
+other ranks are collective: every rank must call them, in the same order, and never inside a loop
+over batches, because ranks may have different numbers of batches, even none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lit_merge.errors import InputError
+
+T = TypeVar("T")
+
+_BUCKET = 1 << 24  # elements reduced at a time: 64 MB of float32
+
+
+def world_size() -> int:
+    """Return the number of processes that work together, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """Return the number of this process, 0 without a process group."""
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def barrier() -> None:
+    """Wait until every rank has come here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def broadcast(value: T, *, source: int = 0) -> T:
+    """Return the value that rank ``source`` has given; small and picklable."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=source)
+    return values[0]
+
+
+def gather(value: T) -> tuple[T, ...]:
+    """Return the values of all ranks, in the order of the ranks; small and picklable."""
+    if world_size() == 1:
+        return (value,)
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return tuple(values)
+
+
+def sum_over_ranks(tensors: Mapping[str, Tensor], *, device: torch.device) -> dict[str, Tensor]:
+    """Return the sum of each named tensor over the ranks, on every rank.
+
+    A rank without examples may lack tensors that others have: they count as zero there.
+
+    Args:
+        tensors: Tensors by name; not changed.
+        device: The device that this rank's process group works on.
+
+    Returns:
+        The sums by name, in this rank's order, each on the device of its tensor.
+
+    Raises:
+        InputError: Two ranks hold different shapes or dtypes under one name.
+    """
+    if world_size() == 1:
+        return dict(tensors)
+    layout = _common_layout(tensors)
+    sums: dict[str, Tensor] = {}
+    for names in _buckets(layout):
+        parts = [
+            tensors[name].detach().to(device).flatten()
+            if name in tensors
+            else torch.zeros(layout[name][0], dtype=layout[name][1], device=device).flatten()
+            for name in names
+        ]
+        bucket = torch.cat(parts)
+        dist.all_reduce(bucket, op=dist.ReduceOp.SUM)
+        for name, flat in zip(
+            names, torch.split(bucket, [len(part) for part in parts]), strict=True
+        ):
+            home = tensors[name].device if name in tensors else device
+            # A copy of its own: a view would keep the whole bucket alive.
+            sums[name] = flat.reshape(layout[name][0]).to(home, copy=True)
+    return {name: sums[name] for name in [*tensors, *(n for n in sums if n not in tensors)]}
+
+
+def sum_number(value: int) -> int:
+    """Return the sum of an integer over the ranks, on every rank."""
+    return sum(gather(value))
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """Raise on every rank what any rank raises in the block, so that no rank waits for ever.
+
+    Collective at the end of the block, so the block itself must not be.
+
+    Raises:
+        InputError: On the ranks that were fine, when another one was not; names that rank.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    messages = gather(None if error is None else str(error) or type(error).__name__)
+    if error is not None:
+        raise error
+    for other, message in enumerate(messages):
+        if message is not None:
+            raise InputError(f"rank {other}: {message}")
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Return whether this process holds only a part of the tensor.
+
+    Recognised are DTensors (FSDP2, tensor parallel), the flat parameters of FSDP1 and the
+    parameters of DeepSpeed's ZeRO-3.
+    """
+    if getattr(tensor, "_is_flat_param", False) or hasattr(tensor, "ds_id"):
+        return True
+    if not dist.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def sharded_parameters(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters of which this process holds only a part.
+
+    Inside an FSDP1 wrapper all parameters count, because with ``use_orig_params=True`` they look
+    like ordinary ones.
+    """
+    wrapped = {
+        id(parameter)
+        for child in module.modules()
+        if type(child).__name__ == "FullyShardedDataParallel"
+        for parameter in child.parameters()
+    }
+    return tuple(
+        name
+        for name, parameter in module.named_parameters()
+        if id(parameter) in wrapped or is_sharded(parameter)
+    )
+
+
+def _common_layout(
+    tensors: Mapping[str, Tensor],
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of every tensor that any rank holds, in one order for all ranks."""
+    layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for other, own in enumerate(gather({n: (tuple(t.shape), t.dtype) for n, t in tensors.items()})):
+        for name, what in own.items():
+            if layout.setdefault(name, what) != what:
+                raise InputError(
+                    f"{name}: must have one shape and dtype on every rank; got {layout[name]} and, "
+                    f"on rank {other}, {what}. Build the same model on every rank."
+                )
+    return dict(sorted(layout.items()))
+
+
+def _buckets(layout: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> Iterator[list[str]]:
+    """Yield names in groups of one dtype and at most _BUCKET elements (a larger tensor alone)."""
+    for dtype in dict.fromkeys(dtype for _, dtype in layout.values()):
+        group: list[str] = []
+        filled = 0
+        for name, (shape, its_dtype) in layout.items():
+            if its_dtype != dtype:
+                continue
+            size = torch.Size(shape).numel()
+            if group and filled + size > _BUCKET:
+                yield group
+                group, filled = [], 0
+            group.append(name)
+            filled += size
+        yield group

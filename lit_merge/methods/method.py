@@ -1,0 +1,149 @@
+"""What a merge method is: a frozen dataclass around a pure function of one piece of a model.
+
+Notation, here and in every method: :math:`θ_0` the base weights, :math:`θ_t` the weights of expert
+t, :math:`τ_t = θ_t - θ_0` its task vector, :math:`h_t` the diagonal of its Hessian, summed over the
+expert's training examples. A *slice* holds the same elements of the same tensor from every model:
+all of it, or a flat chunk. No method touches files, ranks or Lightning.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lit_merge.errors import InputError
+
+
+@dataclass(frozen=True)
+class ParameterSlice:
+    """The same elements of one tensor from every model.
+
+    Args:
+        name: The tensor's name in the base.
+        tasks: The experts' task names, in the order of ``experts``.
+        experts: :math:`θ_t`, one per task; all of one shape and of one dtype, float32 or float64.
+        base: :math:`θ_0`, of the same shape; None when the merge has no base.
+        hessians: :math:`h_t ≥ 0`, one per task; None when the merge has no curvature.
+        base_hessian: The base's own Hessian; None when it has none.
+        fact: What the method's :meth:`MergeMethod.survey` returned.
+    """
+
+    name: str
+    tasks: tuple[str, ...]
+    experts: tuple[Tensor, ...]
+    base: Tensor | None = None
+    hessians: tuple[Tensor, ...] | None = None
+    base_hessian: Tensor | None = None
+    fact: Any = None
+
+    def require_base(self) -> Tensor:
+        """Return the base's elements.
+
+        Raises:
+            InputError: The slice has none.
+        """
+        if self.base is None:
+            raise InputError(
+                f"base: must be given for a method that merges task vectors; got None for tensor "
+                f"'{self.name}'. Give the base that the experts were fine-tuned from."
+            )
+        return self.base
+
+    def require_hessians(self) -> tuple[Tensor, ...]:
+        """Return the experts' Hessians.
+
+        Raises:
+            InputError: The slice has none.
+        """
+        if self.hessians is None:
+            raise InputError(
+                f"hessians: must be given for a method that weighs by curvature; got None for "
+                f"tensor '{self.name}'. Give one Hessian per expert, or choose a method that needs "
+                f"none."
+            )
+        return self.hessians
+
+
+class MergeMethod(ABC):
+    """A way to make one tensor out of the experts'.
+
+    Subclasses are frozen dataclasses of primitives, so that they pickle, compare and come from
+    YAML.
+
+    Attributes:
+        elementwise: Whether an element of the result depends on the same element of the inputs
+            only (and on the survey's fact). Such a method gets flat chunks; others whole tensors.
+        needs: What a slice must hold besides the experts: a subset of ``{"base", "hessian"}``.
+    """
+
+    elementwise: ClassVar[bool] = True
+    needs: ClassVar[frozenset[str]] = frozenset()
+
+    def check_tasks(self, tasks: Sequence[str]) -> None:  # noqa: B027 (most have nothing to check)
+        """Check settings that name tasks or depend on their number, before any data is read.
+
+        Args:
+            tasks: The experts' task names, in order.
+
+        Raises:
+            InputError: A setting does not fit these tasks.
+        """
+
+    def survey(self, slices: Callable[[], Iterable[ParameterSlice]]) -> Any:
+        """Look at all slices before the first is merged, for a fact that needs them together.
+
+        Args:
+            slices: Starts a pass over all merged tensors each time it is called. The slices of
+                one tensor follow one another.
+
+        Returns:
+            What :attr:`ParameterSlice.fact` is to be; None for methods without such a fact.
+        """
+        return None
+
+    @abstractmethod
+    def __call__(self, p: ParameterSlice) -> Tensor:
+        """Merge one slice; return a new tensor of the slice's shape and dtype."""
+
+
+def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float | Tensor]) -> Tensor:
+    r"""Return :math:`\sum_i w_i x_i`.
+
+    Args:
+        tensors: :math:`x_i`, at least one, of one shape and dtype.
+        weights: :math:`w_i`, numbers or tensors of that shape.
+    """
+    total = tensors[0] * weights[0]
+    for tensor, weight in zip(tensors[1:], weights[1:], strict=True):
+        if isinstance(weight, Tensor):
+            total.addcmul_(tensor, weight)
+        else:
+            total.add_(tensor, alpha=weight)
+    return total
+
+
+def add_task_vectors(
+    base: Tensor, experts: Sequence[Tensor], coefficients: Sequence[float | Tensor]
+) -> Tensor:
+    r"""Return the base plus weighted task vectors.
+
+    .. math:: θ = θ_0 + \sum_t c_t (θ_t - θ_0)
+
+    Args:
+        base: :math:`θ_0`.
+        experts: :math:`θ_t`, at least one, of the base's shape and dtype.
+        coefficients: :math:`c_t`, numbers or tensors of that shape.
+
+    Note:
+        The vectors are summed before the base is added: one rounding at the size of the weights.
+        One expert alone is interpolated, which returns it bit for bit where c = 1 and the base
+        where c = 0; θ₀ + (θ₁ − θ₀) would not.
+    """
+    if len(experts) == 1:
+        return torch.lerp(base, experts[0], coefficients[0])
+    return base + weighted_sum([expert - base for expert in experts], coefficients)

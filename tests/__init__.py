@@ -1,0 +1,1 @@
+"""Tests of lit-merge, a file per source file; references.py holds the slow oracles."""

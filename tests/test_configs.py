@@ -1,0 +1,136 @@
+"""Every file in configs/ is parsed by its command's parser, and what it names is made.
+
+What would be downloaded is replaced by options on the command line, as a user would do it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from jsonargparse import ArgumentParser
+from torch import nn
+
+import lit_merge
+from lit_merge.cli_correct import correct_parser
+from lit_merge.cli_curvature import curvature_parser
+from lit_merge.cli_evaluate import evaluate_parser
+from lit_merge.cli_fit import FitCLI
+from lit_merge.cli_merge import merge_parser
+from lit_merge.cli_parsing import instantiate, parse
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Return the folder of a tiny encoder in place of MiniLM."""
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("encoder")
+    config = BertConfig(
+        vocab_size=30,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
+    BertModel(config).save_pretrained(folder)
+    return str(folder)
+
+
+def made(parser: ArgumentParser, name: str, *options: str) -> Any:
+    return instantiate(parser, parse(parser, ["--config", str(CONFIGS / name), *options]))
+
+
+def test_every_config_has_a_test() -> None:
+    tested = {name for name in globals() if name.startswith("test_") and name.endswith("_config")}
+    assert {f"test_{path.stem}_config" for path in CONFIGS.glob("*.yaml")} == tested
+
+
+def test_fit_text_config(encoder: str, tmp_path: Path) -> None:
+    cli = FitCLI(
+        [
+            *("--config", str(CONFIGS / "fit_text.yaml")),
+            *("--model.model", encoder, "--trainer.default_root_dir", str(tmp_path)),
+            *("--trainer.accelerator", "cpu"),
+        ]
+    )
+    assert isinstance(cli.model, lit_merge.TransformersClassifier)
+    assert isinstance(cli.datamodule, lit_merge.TaskDataModule)
+    callbacks = [type(callback).__name__ for callback in cli.trainer.callbacks]  # type: ignore[attr-defined]
+    assert {"DiagonalHessian", "ActivationStatistics"} <= set(callbacks)
+
+
+def test_fit_vision_config(tmp_path: Path) -> None:
+    cli = FitCLI(
+        [
+            *("--config", str(CONFIGS / "fit_vision.yaml")),
+            *("--model.pretrained", "false", "--trainer.default_root_dir", str(tmp_path)),
+            *("--trainer.accelerator", "cpu", "--data.num_workers", "0"),
+        ]
+    )
+    assert isinstance(cli.model, lit_merge.TimmClassifier)
+    assert isinstance(cli.datamodule.task, lit_merge.ImageTask)
+
+
+def test_curvature_config(encoder: str) -> None:
+    options = made(curvature_parser(), "curvature.yaml", "--model.model", encoder)
+    assert isinstance(options.model, L.LightningModule)
+    assert isinstance(options.data, lit_merge.TaskDataModule)
+    assert options.labels == "sampled"
+
+
+def test_merge_config() -> None:
+    options = made(merge_parser(), "merge.yaml")
+    assert options.method == lit_merge.GradientMatching(scale=1.0)
+    assert options.policy == lit_merge.ParametersPolicy()
+    assert options.experts == {"trec": "runs/trec", "subj": "runs/subj"}
+
+
+def test_correct_config(encoder: str) -> None:
+    options = made(correct_parser(), "correct.yaml", "--model.model", encoder)
+    assert isinstance(options.model, nn.Module)
+    assert {name: task.num_classes for name, task in options.tasks.items()} == {
+        "trec": 6,
+        "subj": 2,
+    }
+    assert all(task.unlabelled for task in options.tasks.values())
+    assert options.trainer.max_steps == 100
+
+
+def test_evaluate_config(encoder: str) -> None:
+    options = made(evaluate_parser(), "evaluate.yaml", "--model.model", encoder)
+    assert options.models["base"].kind == "base"
+    assert options.models["trec"] == "runs/trec"
+    assert list(options.tasks) == ["trec", "subj"]
+    assert options.linear_probe
+    assert options.variance
+
+
+@pytest.mark.parametrize(
+    "parser", [curvature_parser, merge_parser, correct_parser, evaluate_parser]
+)
+def test_printed_options_can_be_given_back(
+    parser: Callable[[], ArgumentParser], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    name = f"{parser.__name__.removesuffix('_parser')}.yaml"
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(["--config", str(CONFIGS / name), "--print_config"])
+    assert caught.value.code == 0
+    (tmp_path / name).write_text(capsys.readouterr().out)
+    again = parse(parser(), ["--config", str(tmp_path / name)])
+    first = parse(parser(), ["--config", str(CONFIGS / name)])
+    del again["config"], first["config"]
+    assert again == first
+
+
+def test_configs_name_only_what_their_comments_promise() -> None:
+    for path in CONFIGS.glob("*.yaml"):
+        text = path.read_text(encoding="utf-8")
+        command = path.stem.split("_")[0]
+        assert f"lit-merge {command} --config configs/{path.name}" in text

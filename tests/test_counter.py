@@ -1,0 +1,48 @@
+"""The counter-based random numbers against unbounded integers, and their distribution."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lit_merge.curvature.counter import normals, uniforms
+from tests.references import splitmix_uniform
+
+
+@pytest.mark.parametrize(("seed", "stream"), [(0, 0), (-3, 1), (2**70, 5)])
+def test_numbers_are_the_hash_of_their_address(seed: int, stream: int) -> None:
+    indices = [0, 7, 10**12]
+    expected = [[splitmix_uniform(seed, stream, i, j) for j in range(3)] for i in indices]
+    assert uniforms(seed, stream, indices, 3).tolist() == expected
+
+
+def test_an_example_has_the_same_numbers_in_every_batch() -> None:
+    together = uniforms(1, 0, [4, 2, 9], 5)
+    assert torch.equal(together[1], uniforms(1, 0, [2], 8)[0, :5])
+
+
+def test_seeds_streams_examples_and_positions_give_different_numbers() -> None:
+    numbers = [uniforms(s, t, range(10), 10) for s in range(3) for t in range(3)]
+    assert torch.cat(numbers).unique().numel() == 900
+
+
+def test_uniform_numbers_are_uniform_inside_the_open_interval() -> None:
+    u = uniforms(0, 0, range(1000), 100)
+    assert 0 < u.min() < 1e-4
+    assert 1 - 1e-4 < u.max() < 1
+    assert u.mean().item() == pytest.approx(0.5, abs=5e-3)
+    assert torch.histc(u, 10, 0, 1).tolist() == pytest.approx([1e4] * 10, rel=0.05)
+
+
+def test_neighbouring_numbers_are_uncorrelated() -> None:
+    u = uniforms(0, 0, range(1000), 100)
+    along, across = torch.corrcoef(u[:, :2].T)[0, 1], torch.corrcoef(u[:2])[0, 1]
+    assert along.abs() < 0.1
+    assert across.abs() < 0.3
+
+
+def test_normal_numbers_have_mean_zero_and_variance_one() -> None:
+    z = normals(0, 0, range(1000), 100)
+    assert z.isfinite().all()
+    assert z.mean().item() == pytest.approx(0, abs=0.01)
+    assert z.var().item() == pytest.approx(1, rel=0.02)

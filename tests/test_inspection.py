@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from lit_merge.checkpoint import fingerprint, save_tensors
+from lit_merge.errors import InputError
+from lit_merge.expert import ExpertInfo, write_expert
+from lit_merge.inspection import inspect_path
+from lit_merge.merged_folder import CorrectionRecord, write_corrected
+from lit_merge.methods import GradientMatching
+from lit_merge.streaming import merge
+
+
+def weights(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "body.weight": torch.randn(3, 4, generator=generator),
+        "body.steps": torch.tensor(7),
+        "head.weight": torch.randn(2, 3, generator=generator),
+    }
+
+
+HESSIAN = {
+    "body.weight": torch.tensor([[0.0, 1.0, 2.0, 3.0], [0.0] * 4, [4.0] * 4]),
+    "head.weight": torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]),
+}
+
+
+@pytest.fixture
+def expert(tmp_path: Path) -> Path:
+    info = ExpertInfo(
+        task="svhn",
+        estimator="exact",
+        labels="sampled",
+        num_examples=10,
+        head_parameters=("head.weight",),
+    )
+    statistics = {
+        "body.count": torch.tensor(5),
+        "body.mean": torch.zeros(3),
+        "body.m2": torch.ones(3),
+    }
+    path = tmp_path / "run" / "expert"
+    return write_expert(path, weights=weights(), info=info, hessian=HESSIAN, activations=statistics)
+
+
+def test_expert_is_summed_up_with_its_curvature(expert: Path) -> None:
+    found = inspect_path(expert)
+    assert (found.kind, found.source) == ("expert", "safetensors")
+    assert found.fingerprint == fingerprint(weights())
+    assert found.facts["task"] == "svhn"
+    assert found.curvature is not None
+    assert found.curvature.trace == 24.0
+    assert found.curvature.mean_trace == 2.4
+    assert found.curvature.zero_share == 9 / 18
+    assert found.curvature.estimator == "exact"
+    assert dict(found.curvature.largest) == {"body.weight": 22 / 24, "head.weight": 2 / 24}
+
+
+def test_parts_count_tensors_elements_and_bytes(expert: Path) -> None:
+    parts = {part.name: part for part in inspect_path(expert).parts}
+    assert list(parts) == ["weights", "hessian", "activations"]
+    assert parts["weights"].num_elements == 12 + 1 + 6
+    assert parts["weights"].num_bytes == 4 * 18 + 8
+    assert parts["weights"].dtypes == {"float32": 2, "int64": 1}
+    assert parts["hessian"].file == "hessian.safetensors"
+
+
+def test_run_folder_shows_the_expert_in_it(expert: Path) -> None:
+    found = inspect_path(expert.parent)
+    assert found.kind == "expert"
+    assert found.parts[0].file == str(Path("expert") / "model.safetensors")
+
+
+def test_tensors_have_their_own_traces(expert: Path) -> None:
+    tensors = {tensor.name: tensor for tensor in inspect_path(expert).tensors}
+    assert tensors["body.weight"].trace == 22.0
+    assert tensors["body.weight"].shape == (3, 4)
+    assert tensors["body.steps"].trace is None
+    assert tensors["body.steps"].dtype == "int64"
+
+
+def test_progress_ends_at_the_size_of_the_hessian(expert: Path) -> None:
+    seen: list[tuple[int, int]] = []
+    inspect_path(expert, advance=lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (18 * 4, 18 * 4)
+
+
+def test_bare_checkpoint_is_no_expert(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "net.safetensors", weights())
+    found = inspect_path(tmp_path / "net.safetensors")
+    assert (found.kind, found.curvature, dict(found.facts)) == ("checkpoint", None, {})
+    assert found.parts[0].file == "net.safetensors"
+
+
+def test_bare_folder_with_a_hessian_is_taken_with_a_note(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "model.safetensors", weights())
+    save_tensors(tmp_path / "hessian.safetensors", HESSIAN)
+    found = inspect_path(tmp_path)
+    assert found.kind == "expert"
+    assert found.curvature is not None
+    assert found.curvature.mean_trace is None
+    assert any("no expert.json" in note for note in found.notes)
+
+
+def test_hessian_that_is_not_finite_is_refused_by_name(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "model.safetensors", weights())
+    broken = {"body.weight": torch.full((3, 4), torch.nan)}
+    save_tensors(tmp_path / "hessian.safetensors", broken)
+    with pytest.raises(
+        InputError, match=r"hessian\.safetensors: tensor 'body\.weight' must be fin"
+    ):
+        inspect_path(tmp_path)
+
+
+def test_merged_folder_shows_tasks_method_and_heads(tmp_path: Path, expert: Path) -> None:
+    save_tensors(tmp_path / "base.safetensors", weights(1))
+    merge(
+        tmp_path / "base.safetensors",
+        {"svhn": expert},
+        GradientMatching(),
+        tmp_path / "merged",
+        progress=False,
+    )
+    found = inspect_path(tmp_path / "merged")
+    assert found.kind == "merged"
+    assert found.facts["tasks"] == ["svhn"]
+    assert found.facts["method"].startswith("GradientMatching(")
+    assert found.facts["traces"] == {"svhn": 22.0}
+    assert [part.name for part in found.parts] == ["weights", "head svhn"]
+
+
+def test_corrected_folder_shows_its_corrections(tmp_path: Path) -> None:
+    record = CorrectionRecord(
+        tasks=("a",),
+        num_classes=(2,),
+        sites=(),
+        correction="RescaleShift",
+        calibrated=True,
+        merge={"notes": ["from the merge"]},
+    )
+    write_corrected(
+        tmp_path / "out",
+        weights=weights(),
+        heads={"a": {"head.weight": torch.zeros(2, 3)}},
+        corrections={},
+        record=record,
+    )
+    found = inspect_path(tmp_path / "out")
+    assert found.kind == "corrected"
+    assert found.facts["correction"] == "RescaleShift"
+    assert found.facts["sites"] == 0
+    assert found.notes == ("from the merge",)
+
+
+def test_inspection_is_json(expert: Path) -> None:
+    content = json.loads(json.dumps(inspect_path(expert).as_dict()))
+    assert content["curvature"]["trace"] == 24.0
+    assert len(content["tensors"]) == 3
+
+
+def test_nothing_at_the_path_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="none: must exist"):
+        inspect_path(tmp_path / "none")
