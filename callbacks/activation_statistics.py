@@ -17,9 +17,9 @@ from lit_merge.correction.statistics import (
     gather_statistics,
     to_tensors,
 )
-from lit_merge.data_pass import DataPass, on_device, require_seen, to_device
 from lit_merge.distributed import gather
 from lit_merge.parameters import detect_heads
+from lit_merge.passes.data_pass import DataPass, on_device, require_seen, to_device
 
 
 class ActivationStatistics(ExpertCallback):

@@ -45,7 +45,8 @@ class DiagonalHessian(ExpertCallback):
     bit by bit what it would be without the callback. The loss is ``curvature_loss(batch)`` where
     the module defines it, else what ``training_step`` returns; it must be the mean over the
     examples. The examples are those of ``curvature_dataloader()`` where module or data module
-    define it, else those of the training loader (:mod:`lit_merge.training_examples` says which).
+    define it, else those of the training loader (:mod:`lit_merge.passes.training_examples` says
+    which).
 
     A fit can be resumed anywhere: estimators that follow its steps write their sums beside each
     checkpoint, into a file of their own, as large as the model.

@@ -16,9 +16,9 @@ from lit_merge.callbacks.curvature_result import Curvature
 from lit_merge.callbacks.expert_folder import plain_names_of
 from lit_merge.callbacks.training_loss import TrainingLoss, without_trace
 from lit_merge.curvature import CurvatureWarning, PerExampleFisher, ProbeReport
-from lit_merge.data_pass import DataPass, on_device, require_seen, to_device
 from lit_merge.distributed import sum_number, sum_over_ranks
 from lit_merge.errors import InputError
+from lit_merge.passes.data_pass import DataPass, on_device, require_seen, to_device
 
 
 @dataclass(frozen=True)

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from lit_merge.callbacks.expert_folder import run_of, save_expert, weights_of
 from lit_merge.checkpoint import fingerprint, load_into, open_checkpoint
-from lit_merge.data_pass import DataPass, curvature_loader, data_pass
 from lit_merge.distributed import broadcast, failing_together, sharded_parameters
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo
 from lit_merge.output import require_free
-from lit_merge.training_examples import own_random_numbers
+from lit_merge.passes.data_pass import DataPass, curvature_loader, data_pass
+from lit_merge.passes.training_examples import own_random_numbers
 
 
 class ExpertCallback(pl.Callback):

@@ -23,7 +23,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lit_merge.distributed import failing_together
 from lit_merge.errors import InputError
-from lit_merge.training_examples import own_random_numbers
+from lit_merge.passes.training_examples import own_random_numbers
 
 _BATCH_IDX = 1  # not 0: on their first batch training steps like to log images and histograms
 

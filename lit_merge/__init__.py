@@ -14,13 +14,13 @@ from lit_merge.errors import InputError
 
 if TYPE_CHECKING:
     from lit_merge import callbacks, correction, curvature, methods
-    from lit_merge.checkpoint_curvature import curvature_of_checkpoint
     from lit_merge.correction import RescaleShift
     from lit_merge.evaluation import Evaluation, EvaluationRow
-    from lit_merge.evaluation_file import read_evaluation, write_evaluation
+    from lit_merge.evaluation.file import read_evaluation, write_evaluation
+    from lit_merge.evaluation.measurement import evaluate
+    from lit_merge.evaluation.model_entry import ModelEntry
     from lit_merge.expert import Expert, ExpertInfo, open_expert, write_expert
     from lit_merge.inspection import Inspection, inspect_path
-    from lit_merge.measurement import evaluate
     from lit_merge.merge_record import MergeRecord, read_merge_record
     from lit_merge.methods import (
         TIES,
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
         TaskArithmetic,
         WeightedAverage,
     )
-    from lit_merge.model_entry import ModelEntry
     from lit_merge.module import MergeModule
     from lit_merge.parameters import ParametersPolicy
+    from lit_merge.passes.checkpoint_curvature import curvature_of_checkpoint
     from lit_merge.report import write_report
     from lit_merge.streaming import MergeResult, merge, merge_state_dicts
     from lit_merge.tasks import (
@@ -69,7 +69,7 @@ _HOMES = {
     "MergeModule": "module",
     "MergeRecord": "merge_record",
     "MergeResult": "streaming",
-    "ModelEntry": "model_entry",
+    "ModelEntry": "evaluation.model_entry",
     "MultiTaskDataModule": "tasks",
     "ParametersPolicy": "parameters",
     "RescaleShift": "correction",
@@ -80,15 +80,15 @@ _HOMES = {
     "TimmClassifier": "tasks",
     "TransformersClassifier": "tasks",
     "WeightedAverage": "methods",
-    "curvature_of_checkpoint": "checkpoint_curvature",
-    "evaluate": "measurement",
+    "curvature_of_checkpoint": "passes.checkpoint_curvature",
+    "evaluate": "evaluation.measurement",
     "inspect_path": "inspection",
     "merge": "streaming",
     "merge_state_dicts": "streaming",
     "open_expert": "expert",
-    "read_evaluation": "evaluation_file",
+    "read_evaluation": "evaluation.file",
     "read_merge_record": "merge_record",
-    "write_evaluation": "evaluation_file",
+    "write_evaluation": "evaluation.file",
     "write_expert": "expert",
     "write_report": "report",
 }

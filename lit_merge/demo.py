@@ -31,7 +31,7 @@ TASKS: dict[str, dict[str, str]] = {
     "negative": {"view": "negative"},
     "odd": {"view": "upside-down", "question": "odd"},
 }
-"""The experts' tasks: the arguments of :class:`~lit_merge.digits.DigitsTask` by name."""
+"""The experts' tasks: the arguments of :class:`~lit_merge.tasks.digits.DigitsTask` by name."""
 
 METHODS: dict[str, dict[str, Any]] = {
     "average": {"class_path": "Average"},
@@ -56,8 +56,8 @@ _MODEL_KWARGS = {
     "embed_dim": 64,
     "num_heads": 4,
 }
-_EPOCHS = {"base": 25, "expert": 10}
-_LEARNING_RATE = {"base": 2e-3, "expert": 5e-4}
+_EPOCHS = {"base": 25, "expert": 8}
+_LEARNING_RATE = {"base": 1e-3, "expert": 5e-4}
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _classifier(name: str, *, role: str, **options: Any) -> dict[str, Any]:
             "model_kwargs": _MODEL_KWARGS,
             "lr": _LEARNING_RATE[role],
             "weight_decay": 0.05,
-            "warmup": 0.1,
+            "warmup": 0.3,
             **options,
         },
     }
@@ -102,7 +102,7 @@ def _fit(run: Path, name: str, *, role: str, seed: int, callbacks: Sequence[Any]
         "model": _classifier(name, role=role, **start),
         "data": {
             "class_path": "TaskDataModule",
-            "init_args": {"task": _task(name), "batch_size": 64, "eval_batch_size": 512},
+            "init_args": {"task": _task(name), "batch_size": 32, "eval_batch_size": 512},
         },
         "trainer": {
             "max_epochs": _EPOCHS[role],

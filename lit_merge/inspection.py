@@ -21,7 +21,7 @@ from lit_merge.checkpoint import Checkpoint, fingerprint, open_state_dict
 from lit_merge.errors import InputError
 from lit_merge.expert import open_expert
 from lit_merge.merge_record import method_text
-from lit_merge.merged_folder import CORRECTION, MERGE, open_merged
+from lit_merge.merged.folder import CORRECTION, MERGE, open_merged
 
 if TYPE_CHECKING:
     from lit_merge.expert import Expert, ExpertInfo

@@ -1,7 +1,7 @@
 """Reading ``merge.json``: what a merge did, for tables and the report.
 
-The file is written by :mod:`lit_merge.provenance`, which says what is in it. Checked here is what
-is shown; the rest is handed through.
+The file is written by :mod:`lit_merge.streaming.provenance`, which says what is in it. Checked here
+is what is shown; the rest is handed through.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_merge.errors import InputError
-from lit_merge.evaluation_file import read_json_object
+from lit_merge.evaluation.file import read_json_object
 
 MERGE_FILE = "merge.json"
 FORMAT_VERSION = 1

@@ -32,29 +32,29 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
 from lit_merge.checkpoint import open_state_dict
-from lit_merge.classification import ClassificationModule
-from lit_merge.classification_metrics import weighted_mean
 from lit_merge.correction import RescaleShift, fit_tact
-from lit_merge.distillation import distillation_loss
 from lit_merge.distributed import broadcast
 from lit_merge.errors import InputError
-from lit_merge.expert_lessons import (
+from lit_merge.merged.classifier import MergedClassifier
+from lit_merge.merged.distillation import distillation_loss
+from lit_merge.merged.expert_lessons import (
     ExpertLessons,
     Surroundings,
     lessons_bar,
     require_merged_expert,
     stored_statistics,
 )
-from lit_merge.merged_classifier import MergedClassifier
-from lit_merge.merged_folder import MergedParts, open_merged
-from lit_merge.merged_network import CorrectionFactory, choose_sites, heads_in
+from lit_merge.merged.folder import MergedParts, open_merged
+from lit_merge.merged.network import CorrectionFactory, choose_sites, heads_in
 from lit_merge.methods import GradientMatching, MergeMethod
-from lit_merge.mixed_batches import MergeBatch
 from lit_merge.parameters import ParametersPolicy
-from lit_merge.provenance import method_settings
-from lit_merge.schedule import with_cosine
 from lit_merge.streaming import merge_in_memory
+from lit_merge.streaming.provenance import method_settings
 from lit_merge.tasks import MultiTaskDataModule
+from lit_merge.tasks.classification import ClassificationModule
+from lit_merge.tasks.classification_metrics import weighted_mean
+from lit_merge.tasks.mixed_batches import MergeBatch
+from lit_merge.tasks.schedule import with_cosine
 
 ClosedForm = Literal["tact", "none"]
 Statistics = Literal["calibration", "stored"]
@@ -70,8 +70,8 @@ class MergeModule(MergedClassifier):
 
     Args:
         model: The architecture: a network that gives logits (or an object with ``logits``), or a
-            :class:`~lit_merge.classification.ClassificationModule`, whose network is taken. It is
-            copied and stays as it is.
+            :class:`~lit_merge.tasks.classification.ClassificationModule`, whose network is taken.
+            It is copied and stays as it is.
         experts: Path of each task's expert, by task name.
         base: Path of the model that the experts were fine-tuned from; None for methods without.
         method: How to merge.

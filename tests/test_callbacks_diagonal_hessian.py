@@ -15,7 +15,7 @@ from lit_merge.checkpoint import fingerprint, load_into
 from lit_merge.curvature import CurvatureWarning, diagonal_hessian
 from lit_merge.errors import InputError
 from lit_merge.expert import open_expert
-from lit_merge.training_examples import random_subset
+from lit_merge.passes.training_examples import random_subset
 from tests.tiny_fits import (
     NUM_EXAMPLES,
     QUIET,

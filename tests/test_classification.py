@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 
 from lit_merge.checkpoint import save_tensors
-from lit_merge.classification import read_logits
 from lit_merge.errors import InputError
 from lit_merge.tasks import (
     IGNORED,
@@ -19,6 +18,7 @@ from lit_merge.tasks import (
     TimmClassifier,
     TransformersClassifier,
 )
+from lit_merge.tasks.classification import read_logits
 from tests.tiny_fits import QUIET, examples, tiny_trainer
 from tests.tiny_models import padded_texts, tiny_bert
 
@@ -183,7 +183,7 @@ def test_a_folder_without_a_model_is_named(tmp_path):
 
 
 def test_a_head_that_is_not_known_cannot_be_left_out(tmp_path):
-    from lit_merge.classification import start_from
+    from lit_merge.tasks.classification import start_from
 
     layer = nn.Linear(2, 2)
     save_tensors(tmp_path / "x.safetensors", layer.state_dict())

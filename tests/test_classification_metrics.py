@@ -6,9 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_merge.classification_metrics import classification_metrics, update_metrics, weighted_mean
 from lit_merge.errors import InputError
-from lit_merge.task_data import IGNORED
+from lit_merge.tasks.classification_metrics import (
+    classification_metrics,
+    update_metrics,
+    weighted_mean,
+)
+from lit_merge.tasks.task import IGNORED
 
 
 def test_metrics_are_means_over_the_examples_with_a_label():

@@ -11,7 +11,7 @@ import pytest
 
 import lit_merge
 from lit_merge import cli
-from lit_merge.commands import COMMANDS
+from lit_merge.cli.commands import COMMANDS
 from lit_merge.errors import InputError
 
 _FAST = "import sys, time; start = time.perf_counter(); from lit_merge.cli import main; "
@@ -25,7 +25,7 @@ def run_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
 
     module = types.ModuleType("failing")
     module.report = function  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lit_merge.cli_files", module)
+    monkeypatch.setitem(sys.modules, "lit_merge.cli.files", module)
     return cli.main(["report", "x"])
 
 
@@ -115,7 +115,7 @@ def test_exit_of_a_parser_becomes_the_status(
 
 
 def test_module_and_script_are_the_command() -> None:
-    script = Path(cli.__file__).with_name("__main__.py")
+    script = Path(lit_merge.__file__).with_name("__main__.py")
     for start in (["-m", "lit_merge"], [str(script)]):
         done = subprocess.run(
             [sys.executable, *start, "nonsense"], capture_output=True, text=True, check=False
@@ -129,7 +129,7 @@ def test_reader_that_closes_the_pipe_is_no_error() -> None:
     code = (
         "import sys, types; module = types.ModuleType('m'); "
         "module.report = lambda argv: print('x' * 10**7) or 0; "
-        "sys.modules['lit_merge.cli_files'] = module; "
+        "sys.modules['lit_merge.cli.files'] = module; "
         "from lit_merge.cli import main; sys.exit(main(['report', 'x']))"
     )
     piped = f'"{sys.executable}" -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'

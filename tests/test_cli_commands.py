@@ -13,7 +13,7 @@ import yaml
 
 from lit_merge.checkpoint import open_checkpoint
 from lit_merge.cli import main
-from lit_merge.evaluation_file import read_evaluation
+from lit_merge.evaluation.file import read_evaluation
 from lit_merge.expert import open_expert
 
 CLASSES = {"base": 4, "a": 3, "b": 2}

@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 from jsonargparse import ArgumentParser
 
-from lit_merge.cli_parsing import (
+from lit_merge.cli.parsing import (
     add_switch,
     command_parser,
     given_options,

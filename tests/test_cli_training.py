@@ -5,8 +5,8 @@ import warnings
 
 import pytest
 
-from lit_merge.cli_parsing import instantiate, parse
-from lit_merge.cli_training import (
+from lit_merge.cli.parsing import instantiate, parse
+from lit_merge.cli.training import (
     add_tasks,
     make_trainer,
     quiet,

@@ -8,11 +8,11 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lit_merge.cli import main
-from lit_merge.cli_correct import correct_parser
-from lit_merge.cli_curvature import curvature_parser
-from lit_merge.cli_evaluate import evaluate_parser
-from lit_merge.cli_merge import merge_parser
-from lit_merge.commands import COMMANDS, Command
+from lit_merge.cli.commands import COMMANDS, Command
+from lit_merge.cli.correct import correct_parser
+from lit_merge.cli.curvature import curvature_parser
+from lit_merge.cli.evaluate import evaluate_parser
+from lit_merge.cli.merge import merge_parser
 
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "curvature": curvature_parser,

@@ -15,12 +15,12 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 import lit_merge
-from lit_merge.cli_correct import correct_parser
-from lit_merge.cli_curvature import curvature_parser
-from lit_merge.cli_evaluate import evaluate_parser
-from lit_merge.cli_fit import FitCLI
-from lit_merge.cli_merge import merge_parser
-from lit_merge.cli_parsing import instantiate, parse
+from lit_merge.cli.correct import correct_parser
+from lit_merge.cli.curvature import curvature_parser
+from lit_merge.cli.evaluate import evaluate_parser
+from lit_merge.cli.fit import FitCLI
+from lit_merge.cli.merge import merge_parser
+from lit_merge.cli.parsing import instantiate, parse
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 

@@ -24,15 +24,15 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from lit_merge.data_pass import (
+from lit_merge.errors import InputError
+from lit_merge.passes.data_pass import (
     DataPass,
     curvature_loader,
     data_pass,
     to_device,
     with_progress,
 )
-from lit_merge.errors import InputError
-from lit_merge.training_examples import own_random_numbers, random_subset
+from lit_merge.passes.training_examples import own_random_numbers, random_subset
 
 
 class Numbers(Dataset[tuple[Tensor, int]]):

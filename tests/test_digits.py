@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from lit_merge.digits import IMAGE_SIZE, DigitsTask
 from lit_merge.errors import InputError
+from lit_merge.tasks.digits import IMAGE_SIZE, DigitsTask
 
 
 def images_of(view: str, split: str = "train") -> torch.Tensor:
@@ -29,7 +29,7 @@ def test_views_show_the_same_drawings() -> None:
 
 
 def test_tilting_six_times_is_a_full_turn() -> None:
-    from lit_merge.digits import _tilt
+    from lit_merge.tasks.digits import _tilt
 
     blob = torch.zeros(1, 1, 33, 33)
     blob[0, 0, 10:14, 16:20] = 1.0

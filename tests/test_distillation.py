@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_merge.distillation import distillation_loss, logits_of_all
 from lit_merge.errors import InputError
+from lit_merge.merged.distillation import distillation_loss, logits_of_all
 from tests.references import softened_divergence
 
 

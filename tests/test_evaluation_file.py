@@ -7,7 +7,7 @@ import pytest
 
 from lit_merge.errors import InputError
 from lit_merge.evaluation import Evaluation, EvaluationRow, VarianceRow
-from lit_merge.evaluation_file import read_evaluation, read_json_object, write_evaluation
+from lit_merge.evaluation.file import read_evaluation, read_json_object, write_evaluation
 
 ROWS = (
     EvaluationRow("average", "merged", "a", 0.6, 100, 1.2),

@@ -8,7 +8,7 @@ import pytest
 
 from lit_merge.errors import InputError
 from lit_merge.expert import open_expert
-from lit_merge.expert_info import ExpertInfo
+from lit_merge.expert.info import ExpertInfo
 from tests.small_expert import written
 
 

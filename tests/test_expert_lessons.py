@@ -12,14 +12,14 @@ from lit_merge.checkpoint import fingerprint
 from lit_merge.correction import gather_statistics, to_tensors
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo, open_expert, write_expert
-from lit_merge.expert_lessons import (
+from lit_merge.merged.expert_lessons import (
     ExpertLessons,
     Surroundings,
     lessons_bar,
     require_merged_expert,
     stored_statistics,
 )
-from lit_merge.merged_network import choose_sites
+from lit_merge.merged.network import choose_sites
 from tests.tiny_merge import HEAD, base_net, examples, expert_net, write_experts
 
 HERE = Surroundings(place=lambda net: net, move=lambda inputs: inputs, autocast=nullcontext)

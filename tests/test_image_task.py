@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 
 from lit_merge.errors import InputError
-from lit_merge.image_task import ImageTask
-from lit_merge.task_data import IGNORED
+from lit_merge.tasks.image_task import ImageTask
+from lit_merge.tasks.task import IGNORED
 
 
 def single_array() -> bytes:

@@ -11,7 +11,7 @@ from lit_merge.checkpoint import fingerprint, save_tensors
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo, write_expert
 from lit_merge.inspection import inspect_path
-from lit_merge.merged_folder import CorrectionRecord, write_corrected
+from lit_merge.merged.folder import CorrectionRecord, write_corrected
 from lit_merge.methods import GradientMatching
 from lit_merge.streaming import merge
 

@@ -14,10 +14,10 @@ from lit_merge.checkpoint import load_into, open_checkpoint, save_tensors
 from lit_merge.correction.linear_probe import linear_probe
 from lit_merge.errors import InputError
 from lit_merge.evaluation import Evaluation
+from lit_merge.evaluation.measurement import evaluate
+from lit_merge.evaluation.model_entry import ModelEntry
 from lit_merge.expert import ExpertInfo, write_expert
-from lit_merge.measurement import evaluate
 from lit_merge.methods import Average
-from lit_merge.model_entry import ModelEntry
 from lit_merge.streaming import merge
 from lit_merge.tasks import DatasetTask, Task
 

@@ -4,8 +4,8 @@ import io
 
 import pytest
 
-from lit_merge import merge_progress as module
-from lit_merge.merge_progress import merge_progress
+from lit_merge.streaming import progress as module
+from lit_merge.streaming.progress import merge_progress
 
 
 class Terminal(io.StringIO):

@@ -10,7 +10,7 @@ from lightning.pytorch import Trainer
 
 from lit_merge.correction import RescaleShift
 from lit_merge.errors import InputError
-from lit_merge.merged_classifier import qualified_name
+from lit_merge.merged.classifier import qualified_name
 from lit_merge.module import MergeModule
 from lit_merge.tasks import ClassificationModule
 from tests.tiny_fits import QUIET, tiny_trainer

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lit_merge.correction import Site
 from lit_merge.errors import InputError
-from lit_merge.merged_folder import CorrectionRecord, open_merged, write_corrected
+from lit_merge.merged.folder import CorrectionRecord, open_merged, write_corrected
 
 RECORD = CorrectionRecord(
     tasks=("svhn", "dtd"),

@@ -11,7 +11,7 @@ from torch import nn
 from lit_merge.checkpoint import open_state_dict
 from lit_merge.correction import RescaleShift, Site
 from lit_merge.errors import InputError
-from lit_merge.merged_network import (
+from lit_merge.merged.network import (
     MergedNetwork,
     check_sites,
     choose_sites,

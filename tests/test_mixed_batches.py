@@ -9,14 +9,14 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lit_merge.errors import InputError
-from lit_merge.mixed_batches import (
+from lit_merge.tasks.mixed_batches import (
     MergeBatch,
     MixedCollate,
     MixedLoader,
     MixedTasks,
     MixedTaskSampler,
 )
-from lit_merge.task_data import IGNORED, DatasetTask, as_labels
+from lit_merge.tasks.task import IGNORED, DatasetTask, as_labels
 
 LENGTHS = (7, 4, 3)
 

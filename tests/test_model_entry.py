@@ -6,7 +6,7 @@ import pytest
 
 from lit_merge.errors import InputError
 from lit_merge.evaluation import Kind
-from lit_merge.model_entry import ModelEntry, resolve_entries
+from lit_merge.evaluation.model_entry import ModelEntry, resolve_entries
 
 TASKS = ("svhn", "dtd")
 

@@ -70,3 +70,17 @@ def test_a_loss_whose_labels_cannot_be_sampled_is_refused() -> None:
 def test_an_unknown_kind_of_labels_is_refused() -> None:
     with pytest.raises(InputError, match='labels: must be "sampled" or "observed"; got \'true\''):
         objective(torch.ones(()), "true")
+
+
+def test_logits_of_nan_are_named_as_such_with_sampled_labels() -> None:
+    model = nn.Linear(3, 4)
+    nn.init.constant_(model.weight, float("nan"))
+    batch = (torch.ones(5, 3), torch.zeros(5, dtype=torch.int64))
+    objective = Objective(
+        model,
+        lambda net, b: F.cross_entropy(net(b[0]), b[1]),
+        labels="sampled",
+        seed=0,
+    )
+    with pytest.raises(InputError, match="loss: must be finite; got nan"):
+        objective(batch, range(5))

@@ -14,9 +14,9 @@ from lit_merge.methods import (
     GradientMatching,
     TaskArithmetic,
 )
-from lit_merge.open_inputs import tasks_of
 from lit_merge.parameters import ParametersPolicy
 from lit_merge.streaming import merge, merge_in_memory, merge_state_dicts
+from lit_merge.streaming.open_inputs import tasks_of
 from tests.merge_files import (
     MERGED,
     TASKS,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import re
 
 from lit_merge.evaluation import EXPERTS, Evaluation, EvaluationRow, VarianceRow
-from lit_merge.plots import NUM_SERIES, accuracy_panels, variance_panels, variance_series
+from lit_merge.report.plots import NUM_SERIES, accuracy_panels, variance_panels, variance_series
 
 ROWS = (
     EvaluationRow("e", "expert", "a", 0.8, 100),

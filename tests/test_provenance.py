@@ -11,8 +11,8 @@ from jsonargparse import ArgumentParser
 from lit_merge.checkpoint import fingerprint, open_checkpoint
 from lit_merge.methods import GradientMatching, MergeMethod, WeightedAverage
 from lit_merge.parameters import ParametersPolicy
-from lit_merge.provenance import method_settings
 from lit_merge.streaming import merge
+from lit_merge.streaming.provenance import method_settings
 from tests.merge_files import METHODS, TASKS, save_base, save_expert, save_experts, weights
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from lit_merge.checkpoint.safetensors_file import DTYPES, SafetensorsFile
 from lit_merge.errors import InputError
-from lit_merge.safetensors_file import DTYPES, SafetensorsFile
 
 HEADER = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 

@@ -12,10 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
+from lit_merge.checkpoint.safetensors_file import SafetensorsFile
+from lit_merge.checkpoint.safetensors_writer import SafetensorsWriter, save_tensors
+from lit_merge.checkpoint.tensor_source import TensorInfo
 from lit_merge.errors import InputError
-from lit_merge.safetensors_file import SafetensorsFile
-from lit_merge.safetensors_writer import SafetensorsWriter, save_tensors
-from lit_merge.tensor_source import TensorInfo
 
 STATE = {
     "flag": torch.tensor([True, False, True]),

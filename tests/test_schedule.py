@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from lit_merge.errors import InputError
-from lit_merge.schedule import cosine_factor
 from lit_merge.tasks import ClassificationModule, DatasetTask, TaskDataModule
+from lit_merge.tasks.schedule import cosine_factor
 from tests.tiny_fits import QUIET, examples, tiny_trainer
 
 pytestmark = [pytest.mark.filterwarnings(line) for line in QUIET]

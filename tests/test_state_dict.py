@@ -8,9 +8,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_merge.checkpoint import open_checkpoint
+from lit_merge.checkpoint.state_dict import (
+    aligned,
+    alignment,
+    common_prefix,
+    fingerprint,
+    load_into,
+)
+from lit_merge.checkpoint.tensor_source import open_state_dict
 from lit_merge.errors import InputError
-from lit_merge.state_dict import aligned, alignment, common_prefix, fingerprint, load_into
-from lit_merge.tensor_source import open_state_dict
 from tests.references import reference_fingerprint
 
 NAMES = ["blocks.0.w", "blocks.1.w", "norm.w", "head.w"]

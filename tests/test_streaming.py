@@ -12,7 +12,6 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lit_merge import merge_stream
 from lit_merge.errors import InputError
 from lit_merge.expert import open_expert
 from lit_merge.methods import (
@@ -27,6 +26,7 @@ from lit_merge.methods import (
 )
 from lit_merge.parameters import ParametersPolicy
 from lit_merge.streaming import MergeWarning, merge, merge_in_memory, merge_state_dicts
+from lit_merge.streaming import stream as merge_stream
 from tests.merge_files import (
     MERGED,
     METHODS,

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from lit_merge.errors import InputError
-from lit_merge.task_data import (
+from lit_merge.tasks.task import (
     DatasetTask,
     Examples,
     Split,

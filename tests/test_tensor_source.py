@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from lit_merge.errors import InputError
-from lit_merge.tensor_source import (
+from lit_merge.checkpoint.tensor_source import (
     RenamedCheckpoint,
     TensorInfo,
     open_state_dict,
     plain_names,
     unwrapped,
 )
+from lit_merge.errors import InputError
 
 
 class TokenTensor(torch.Tensor):

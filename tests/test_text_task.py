@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from lit_merge.errors import InputError
-from lit_merge.task_data import IGNORED
-from lit_merge.text_task import TextTask
+from lit_merge.tasks.task import IGNORED
+from lit_merge.tasks.text_task import TextTask
 
 ROWS = [
     {"text": "a good film", "label": 1},

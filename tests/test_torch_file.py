@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lit_merge.checkpoint.torch_file import open_torch_file
 from lit_merge.errors import InputError
-from lit_merge.torch_file import open_torch_file
 
 STATE = {
     "fc.weight": torch.randn(6, 5, generator=torch.Generator().manual_seed(0)),

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from lit_merge.callbacks import DiagonalHessian
-from lit_merge.digits import DigitsTask
+from lit_merge.tasks.digits import DigitsTask
 
 
 class Classifier(L.LightningModule):

@@ -174,7 +174,8 @@ def inverse_cdf(logits: Tensor, u: Tensor) -> Tensor:
     total = cumulative[:, -1:].contiguous()
     passed = torch.searchsorted(cumulative, u.to(precise)[:, None] * total, right=True)
     last = torch.searchsorted(cumulative, total)  # the last class that is possible at all
-    return torch.minimum(passed, last).squeeze(-1)
+    # NaN passes no class: any one will do, the loss then says what is wrong
+    return torch.minimum(passed, last).clamp_(max=logits.shape[-1] - 1).squeeze(-1)
 
 
 def _bernoulli(p: Tensor) -> _Draw:

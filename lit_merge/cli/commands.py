@@ -1,0 +1,212 @@
+"""The subcommands of ``lit-merge``: what each is for, its page of help, and where its function is.
+
+Data only, so that the help pages cost no imports. The options listed here are those that most runs
+need; a test holds them against the parsers.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from dataclasses import dataclass
+
+_WIDTH = 96  # characters of a help page
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand.
+
+    Attributes:
+        name: What the user types.
+        summary: One line for the list of commands.
+        function: ``"module:function"``; the function takes the arguments after the command's name
+            and returns the exit status.
+        usage: What stands after the name in the usage line.
+        text: What the command does, in a few sentences.
+        options: The options that most runs need, with what they do; empty when the command prints
+            its own help.
+        example: One command line that works.
+    """
+
+    name: str
+    summary: str
+    function: str
+    usage: str
+    text: str
+    options: tuple[tuple[str, str], ...]
+    example: str
+
+    def page(self) -> str:
+        """Return the page that ``lit-merge NAME --help`` prints."""
+        width = max(len(option) for option, _ in self.options)
+        options = "\n".join(f"  {option:<{width}}  {text}" for option, text in self.options)
+        return (
+            f"usage: lit-merge {self.name} {self.usage}\n\n"
+            f"{textwrap.fill(self.text, _WIDTH)}\n\n"
+            f"options:\n{options}\n\n"
+            f"example:\n  {self.example}\n\n"
+            f'Every option: "lit-merge {self.name} --help_all".\n'
+            f'A configuration to start from: "lit-merge {self.name} --print_config".'
+        )
+
+
+_CONFIG = ("--config FILE", "YAML with any of the options; may be given several times")
+_TRAINER = ("--trainer.NAME VALUE", "an argument of the Trainer: accelerator, devices, strategy, …")
+_REPLACE = ("--replace", "replace an existing output")
+_NETWORK = ("--model CLASS", "the network: TransformersClassifier, TimmClassifier, an nn.Module")
+
+COMMANDS: tuple[Command, ...] = (
+    Command(
+        name="fit",
+        summary="fine-tune an expert; callbacks gather what a merge needs",
+        function="lit_merge.cli.fit:main",
+        usage="--config FILE [options]",
+        text="Trains with Lightning's Trainer. With the DiagonalHessian callback the run ends with "
+        'an expert folder (<checkpoint folder>/expert) that "lit-merge merge" takes.',
+        options=(
+            _CONFIG,
+            (
+                "--model CLASS",
+                "a LightningModule: TransformersClassifier, TimmClassifier, your own",
+            ),
+            ("--model.NAME VALUE", "an argument of that class"),
+            ("--data CLASS", "a LightningDataModule: TaskDataModule, your own"),
+            _TRAINER,
+            ("--trainer.callbacks+=CLASS", "add a callback: DiagonalHessian, ActivationStatistics"),
+            ("--ckpt_path FILE", "resume a training run from this Lightning checkpoint"),
+        ),
+        example="lit-merge fit --config configs/fit_text.yaml --trainer.max_epochs 1",
+    ),
+    Command(
+        name="curvature",
+        summary="gather the Hessian of a checkpoint that was trained without the callback",
+        function="lit_merge.cli.curvature:main",
+        usage="--config FILE [options]",
+        text="One pass over the training data that writes an expert folder: the weights and the "
+        "diagonal of their Hessian.",
+        options=(
+            _CONFIG,
+            ("--model CLASS", "the LightningModule whose training_step is the loss"),
+            ("--data CLASS", "the data module with the training data"),
+            ("--checkpoint PATH", "the weights: checkpoint file, Hugging Face or expert folder"),
+            ("--output FOLDER", "the expert folder to write"),
+            _TRAINER,
+        ),
+        example="lit-merge curvature --config configs/curvature.yaml",
+    ),
+    Command(
+        name="merge",
+        summary="merge experts into one model, from files to files, without data",
+        function="lit_merge.cli.merge:main",
+        usage="--config FILE [options]",
+        text="Reads base, experts and Hessians tensor by tensor and writes the merged folder. "
+        "Memory does not grow with the model. Under torchrun the first process merges and the "
+        "others exit at once.",
+        options=(
+            _CONFIG,
+            ("--base PATH", "the model that the experts were fine-tuned from"),
+            ("--experts.TASK PATH", "an expert: folder or checkpoint file"),
+            ("--method CLASS", "GradientMatching, FisherAverage, TaskArithmetic, TIES, Average, …"),
+            ("--method.NAME VALUE", "an argument of the method"),
+            ("--output FOLDER", "the merged folder to write"),
+            _REPLACE,
+        ),
+        example="lit-merge merge --config configs/merge.yaml --method TIES --method.density 0.2",
+    ),
+    Command(
+        name="correct",
+        summary="repair a merged model with a few unlabelled examples per task",
+        function="lit_merge.cli.correct:main",
+        usage="--config FILE [options]",
+        text="Sets a scale and a shift per task and channel so that the merged model's activations "
+        "match each expert's (TACT, closed form), then refines them in a short fit to the experts' "
+        "outputs.",
+        options=(
+            _CONFIG,
+            _NETWORK,
+            ("--merged FOLDER", 'what "lit-merge merge" wrote'),
+            ("--experts.TASK PATH", "the experts, which teach"),
+            ("--tasks FILE", "YAML with one Task per name: TextTask, ImageTask, your own"),
+            ("--tasks.TASK.NAME VALUE", "an argument of one of them"),
+            ("--output FOLDER", "the corrected folder to write"),
+            ("--trainer.max_steps N", "steps of the learned fit; 0: the closed form only"),
+            _TRAINER,
+            _REPLACE,
+        ),
+        example="lit-merge correct --config configs/correct.yaml --trainer.max_steps 100",
+    ),
+    Command(
+        name="evaluate",
+        summary="test base, experts, merged and corrected models on every task",
+        function="lit_merge.cli.evaluate:main",
+        usage="--config FILE [options]",
+        text="Accuracy and negative log-likelihood of every model on every task's test examples, "
+        "as a table and in evaluation.json.",
+        options=(
+            _CONFIG,
+            _NETWORK,
+            ("--models.NAME PATH", "a model to test: base, expert, merged or corrected"),
+            ("--tasks FILE", "YAML with one Task per name"),
+            ("--linear_probe", "add the control: a linear head fitted on the base's features"),
+            ("--variance", "measure the activations' variance by site"),
+            ("--output FILE", "the evaluation.json to write"),
+            ("--json", "print the evaluation as JSON instead of a table"),
+            _TRAINER,
+            _REPLACE,
+        ),
+        example="lit-merge evaluate --config configs/evaluate.yaml --json",
+    ),
+    Command(
+        name="report",
+        summary="write one self-contained HTML page from evaluation.json and merge.json",
+        function="lit_merge.cli.files:report",
+        usage="FILE [FILE …] [options]",
+        text="Tables, plots, the record of every tensor and the provenance, in one file without "
+        "external parts.",
+        options=(
+            ("FILE", "evaluation.json, merge.json or merged folders, in any order"),
+            ("--output FILE", "the HTML file to write (default: report.html)"),
+            ("--title TEXT", "the page's title"),
+            _REPLACE,
+        ),
+        example="lit-merge report evaluation.json merged/merge.json --output report.html",
+    ),
+    Command(
+        name="inspect",
+        summary="say what a checkpoint, expert, merged or corrected folder holds",
+        function="lit_merge.cli.files:inspect",
+        usage="PATH [PATH …] [options]",
+        text="Kind, tensors, sizes, types, fingerprint, and a summary of the curvature and of the "
+        "activation statistics.",
+        options=(
+            ("PATH", "a checkpoint file or a folder"),
+            ("--tensors", "list every tensor"),
+            ("--json", "print JSON instead of a table"),
+        ),
+        example="lit-merge inspect runs/svhn/checkpoints/expert",
+    ),
+    Command(
+        name="demo",
+        summary="train, merge, correct, evaluate and report on real digits, in minutes",
+        function="lit_merge.demo:main",
+        usage="[options]",
+        text="The whole way on scikit-learn's bundled handwritten digits, without downloads.",
+        options=(),
+        example="lit-merge demo",
+    ),
+)
+
+
+def overview() -> str:
+    """Return the page that ``lit-merge --help`` prints."""
+    rows = "\n".join(f"  {command.name:<10} {command.summary}" for command in COMMANDS)
+    return (
+        "usage: lit-merge COMMAND [--config FILE] [options]\n\n"
+        "Merge fine-tuned models: train experts with Lightning, merge them by their curvature,\n"
+        "repair and measure the result.\n\n"
+        f"commands:\n{rows}\n\n"
+        '"lit-merge COMMAND --help" describes a command, "--help_all" lists all its options, and\n'
+        '"--print_config" prints a configuration to start from.\n\n'
+        "Several devices: lit-merge fit … --trainer.devices 2, or torchrun … -m lit_merge fit …\n"
+        "LIT_MERGE_TRACEBACK=1 shows the traceback of an input error."
+    )

@@ -1,0 +1,245 @@
+"""One network for several tasks: shared merged weights, a head per task, a correction per task.
+
+The network that a user trained experts with is copied; layers whose tensors stay per task (the
+heads) become a :class:`~lit_merge.correction.routing.TaskRouter`, and a correction is put behind
+every site. A batch that mixes tasks goes through it once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_merge.checkpoint import Checkpoint, aligned, alignment, load_into, open_state_dict
+from lit_merge.correction import Corrections, RescaleShift, Site, TaskContext, find_sites
+from lit_merge.correction.forward import evaluation_mode
+from lit_merge.correction.heads import install_heads
+from lit_merge.correction.routing import TaskRouter
+from lit_merge.correction.sites import channel_layout
+from lit_merge.errors import InputError
+from lit_merge.heads import detect_heads
+from lit_merge.tasks.classification import read_logits
+
+CorrectionFactory = Callable[[int, int], nn.Module]
+
+
+class MergedNetwork(nn.Module):
+    """A network with shared weights, per-task heads and per-task corrections.
+
+    Args:
+        network: The architecture; copied, its weights do not matter.
+        tasks: Names of the tasks in the order of their indices.
+        heads: For each task the tensors of its own by name in the network; empty where all tasks
+            share everything.
+        sites: Where to correct; ``()`` for nowhere.
+        correction: Makes the correction of a site from (number of tasks, number of channels).
+
+    Attributes:
+        network: The copy, with routers.
+        corrections: The corrections, the identity at first.
+        tasks: Names of the tasks.
+        head_names: Names of the tensors that each task has of its own.
+
+    Raises:
+        InputError: If heads or sites do not fit the network.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        tasks: Sequence[str],
+        *,
+        heads: Mapping[str, Mapping[str, Tensor]],
+        sites: Sequence[Site],
+        correction: CorrectionFactory = RescaleShift,
+    ) -> None:
+        super().__init__()
+        self.tasks = tuple(tasks)
+        self.context = TaskContext()
+        # Nominally in training mode, or Lightning warns at every fit; see forward.
+        self.network = copy.deepcopy(network).requires_grad_(False).train()
+        self.head_names = tuple(dict.fromkeys(n for own in heads.values() for n in own))
+        self._routers: tuple[str, ...] = ()
+        if self.head_names:
+            install_heads(self.network, heads, self.context, tasks=self.tasks)
+            # In the order of registration, so that the layer of the classes comes last.
+            named = self.network.named_modules()
+            self._routers = tuple(name for name, m in named if isinstance(m, TaskRouter))
+        self._head_layers = tuple(name.rpartition(".")[0] for name in detect_heads(network))
+        self.corrections = Corrections(sites, len(self.tasks), correction, context=self.context)
+        self.corrections.attach(self.network)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The places that are corrected."""
+        return self.corrections.sites
+
+    def forward(self, inputs: Any, task: Tensor | int) -> Tensor:
+        """Return the logits of every example from its own task's head and corrections.
+
+        The network always runs in evaluation mode: its BatchNorm and dropout are not trained.
+
+        Args:
+            inputs: B examples.
+            task: Task index of each example, int64 ``[B]``; one int for all.
+
+        Returns:
+            ``[B, widest head]``, −inf beyond a task's own classes.
+        """
+        with evaluation_mode(self.network), self.context.using(task):
+            return read_logits(self.network, inputs)
+
+    def num_classes(self) -> tuple[int | None, ...]:
+        """Return the width of each task's head; None where it cannot be told."""
+        # Layers per task by a user's rule (norms, say) are no heads: what is known as one goes
+        # first.
+        last = (*self._routers, *self._head_layers)[-1:]
+        if not last:
+            return (None,) * len(self.tasks)
+        layer = self.network.get_submodule(last[0])
+        if isinstance(layer, TaskRouter):
+            return tuple(_width(head) for head in layer.heads.values())
+        return (_width(layer),) * len(self.tasks)
+
+    def load_shared(self, weights: Checkpoint | Mapping[str, Tensor]) -> None:
+        """Load the weights that all tasks share; tensors of heads in it are passed over.
+
+        Raises:
+            InputError: If names or shapes do not fit.
+        """
+        routed = [f"{name}.*" for name in self._routers]
+        load_into(self.network, weights, ignore=(*self.head_names, *routed))
+
+    def load_corrections(self, tensors: Checkpoint | Mapping[str, Tensor]) -> None:
+        """Load the corrections.
+
+        Raises:
+            InputError: If names or shapes do not fit.
+        """
+        load_into(self.corrections, tensors)
+
+    def shared_state(self) -> dict[str, Tensor]:
+        """Return the tensors that all tasks share, by name in the original network."""
+        inside = tuple(f"{name}." for name in self._routers)
+        state = self.network.state_dict()
+        return {name: value for name, value in state.items() if not name.startswith(inside)}
+
+    def head_state(self) -> dict[str, dict[str, Tensor]]:
+        """Return each task's own tensors by name in the original network."""
+        state: dict[str, dict[str, Tensor]] = {task: {} for task in self.tasks}
+        for router in self._routers:
+            module = self.network.get_submodule(router)
+            assert isinstance(module, TaskRouter)
+            for task, head in zip(self.tasks, module.heads.values(), strict=True):
+                for name, value in head.state_dict().items():
+                    state[task][f"{router}.{name}"] = value
+        return {task: own for task, own in state.items() if own}
+
+
+def _width(layer: nn.Module) -> int | None:
+    layout = channel_layout(layer)
+    return None if layout is None else layout[0]
+
+
+def expert_network(
+    network: nn.Module, weights: Checkpoint, *, task: str, head_names: Sequence[str]
+) -> MergedNetwork:
+    """Return one expert alone: a merged network of a single task without corrections.
+
+    Args:
+        network: The architecture.
+        weights: The expert's weights.
+        task: Its name.
+        head_names: Names in the network of the tensors that make its head.
+
+    Raises:
+        InputError: If the weights do not fit.
+    """
+    named = aligned(weights, network.state_dict())
+    own = own_tensors(named, head_names, task=task)
+    expert = MergedNetwork(network, (task,), heads={task: own} if own else {}, sites=())
+    expert.load_shared(named)
+    return expert.eval()
+
+
+def own_tensors(weights: Checkpoint, names: Sequence[str], *, task: str) -> dict[str, Tensor]:
+    """Return the named tensors of a checkpoint.
+
+    Raises:
+        InputError: If one is missing.
+    """
+    missing = [name for name in names if name not in weights]
+    if missing:
+        raise InputError(
+            f"{weights.path}: must hold the head of task {task!r}; got no {missing[0]!r}. "
+            "Give the expert that was merged."
+        )
+    return {name: weights.tensor(name) for name in names}
+
+
+def choose_sites(
+    network: nn.Module, where: str | Sequence[str], head_names: Sequence[str]
+) -> tuple[Site, ...]:
+    """Return the sites to correct: those of ``where`` outside of heads and per-task layers."""
+    return find_sites(network, where=where, exclude=(*detect_heads(network), *head_names))
+
+
+def check_sites(network: nn.Module, sites: Sequence[Site], *, source: str) -> None:
+    """Check recorded sites against a network, before anything is built from their sizes.
+
+    Raises:
+        InputError: If the network has no such layer, or one of other channels.
+    """
+    modules = dict(network.named_modules())
+    for site in sites:
+        layout = channel_layout(modules[site.name]) if site.name in modules else None
+        if layout != (site.num_features, site.channel_dim):
+            got = "no such layer" if layout is None else f"{layout[0]} on axis {layout[1]}"
+            raise InputError(
+                f"{source}: site {site.name!r} must have {site.num_features} channels on axis "
+                f"{site.channel_dim} of {type(network).__name__}; got {got}. Give the network that "
+                "was corrected."
+            )
+
+
+def heads_in(
+    network: nn.Module,
+    weights: Checkpoint | Mapping[str, Tensor],
+    heads: Mapping[str, Checkpoint | Mapping[str, Tensor]],
+) -> dict[str, dict[str, Tensor]]:
+    """Return each task's own tensors under the network's names.
+
+    Args:
+        network: The architecture.
+        weights: The tensors that all tasks share; they help to find the prefix of the names.
+        heads: The tensors of each task's own, under names like those of ``weights``.
+    """
+    state = network.state_dict()
+    every = dict.fromkeys(name for named in (weights, *heads.values()) for name in named)
+    names = alignment(every, state)
+    # A base without a head and its experts can have different prefixes ("" and "model.bert.").
+    alone = dict.fromkeys(n for own in heads.values() for n in own if names[n] not in state)
+    names |= alignment(alone, state)
+    renamed = {}
+    for task, own in heads.items():
+        source = own if isinstance(own, Checkpoint) else open_state_dict(own)
+        renamed[task] = {names[name]: source.tensor(name) for name in source}
+    return renamed
+
+
+def empty_heads(
+    network: nn.Module, shapes: Mapping[str, Mapping[str, Sequence[int]]]
+) -> dict[str, dict[str, Tensor]]:
+    """Return tensors of the given shapes in the network's own types, to be loaded later."""
+    state = network.state_dict()
+    return {
+        task: {
+            name: torch.zeros(tuple(shape), dtype=state[name].dtype if name in state else None)
+            for name, shape in own.items()
+        }
+        for task, own in shapes.items()
+    }

@@ -1,0 +1,1 @@
+"""One pass over the training examples, on every rank: each example once, none twice."""
