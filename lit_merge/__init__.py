@@ -14,6 +14,7 @@ from lit_merge.errors import InputError
 
 if TYPE_CHECKING:
     from lit_merge import callbacks, correction, curvature, methods
+    from lit_merge.checkpoint_curvature import curvature_of_checkpoint
     from lit_merge.correction import RescaleShift
     from lit_merge.evaluation import Evaluation, EvaluationRow
     from lit_merge.evaluation.file import read_evaluation, write_evaluation
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     )
     from lit_merge.module import MergeModule
     from lit_merge.parameters import ParametersPolicy
-    from lit_merge.passes.checkpoint_curvature import curvature_of_checkpoint
     from lit_merge.report import write_report
     from lit_merge.streaming import MergeResult, merge, merge_state_dicts
     from lit_merge.tasks import (
@@ -80,7 +80,7 @@ _HOMES = {
     "TimmClassifier": "tasks",
     "TransformersClassifier": "tasks",
     "WeightedAverage": "methods",
-    "curvature_of_checkpoint": "passes.checkpoint_curvature",
+    "curvature_of_checkpoint": "checkpoint_curvature",
     "evaluate": "evaluation.measurement",
     "inspect_path": "inspection",
     "merge": "streaming",

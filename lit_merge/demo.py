@@ -52,11 +52,13 @@ _MODEL_KWARGS = {
     "img_size": 16,
     "patch_size": 4,
     "in_chans": 1,
-    "depth": 4,
+    "depth": 3,
     "embed_dim": 64,
     "num_heads": 4,
 }
-_EPOCHS = {"base": 25, "expert": 8}
+_EPOCHS = {"base": 20, "expert": 8}
+# Drawing the bar at every step would take as long as the step.
+_PROGRESS = {"class_path": "RichProgressBar", "init_args": {"refresh_rate": 20}}
 _LEARNING_RATE = {"base": 1e-3, "expert": 5e-4}
 
 
@@ -109,7 +111,11 @@ def _fit(run: Path, name: str, *, role: str, seed: int, callbacks: Sequence[Any]
             "accelerator": "cpu",
             "logger": False,
             "enable_model_summary": False,
-            "callbacks": [{"class_path": "ModelCheckpoint", "init_args": checkpoint}, *callbacks],
+            "callbacks": [
+                _PROGRESS,
+                {"class_path": "ModelCheckpoint", "init_args": checkpoint},
+                *callbacks,
+            ],
         },
     }
 
@@ -125,7 +131,12 @@ def _correction(run: Path, merged: str, *, output: str, steps: int, seed: int) -
         "lr": 0.02,
         "batch_size": 64,
         "output": str(run / output),
-        "trainer": {"max_steps": steps, "accelerator": "cpu", "logger": False},
+        "trainer": {
+            "max_steps": steps,
+            "accelerator": "cpu",
+            "logger": False,
+            "callbacks": [_PROGRESS],
+        },
     }
 
 
@@ -236,7 +247,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write")
     parser.add_argument("--replace", action="store_true", help="replace an earlier demo's folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of every training")
-    parser.add_argument("--steps", type=int, default=400, help="steps of the learned correction")
+    parser.add_argument("--steps", type=int, default=300, help="steps of the learned correction")
     options = parser.parse_args(list(argv))
     run: Path = options.output
     _prepare(run, replace=options.replace)
@@ -253,9 +264,11 @@ def main(argv: Sequence[str]) -> int:
             Path(step.arguments[-1]).write_text(yaml.safe_dump(step.config, sort_keys=False))
         console.rule(f"[bold]{number}/{len(steps)} {step.title}", align="left")
         console.print(f"$ lit-merge {shlex.join(step.arguments)}", style="dim", soft_wrap=True)
+        began = time.perf_counter()
         status = run_command(step.arguments)
         if status:
             return status
+        console.print(f"{time.perf_counter() - began:.1f} s", style="dim")
     console.rule(align="left")
     console.print(f"Done in {time.perf_counter() - start:.0f} s. Open {run / 'report.html'}")
     return 0

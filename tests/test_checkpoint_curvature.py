@@ -13,10 +13,10 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
 from lit_merge.checkpoint import load_into, open_checkpoint, save_tensors
+from lit_merge.checkpoint_curvature import curvature_of_checkpoint
 from lit_merge.curvature import diagonal_hessian
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo, open_expert, write_expert
-from lit_merge.passes.checkpoint_curvature import curvature_of_checkpoint
 from tests.tiny_fits import (
     NUM_EXAMPLES,
     QUIET,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule, LightningModule
 
+from lit_merge.checkpoint_curvature import curvature_of_checkpoint
 from lit_merge.cli.parsing import add_switch, instantiate, parse
 from lit_merge.cli.training import make_trainer, quiet, training_parser
-from lit_merge.passes.checkpoint_curvature import curvature_of_checkpoint
 
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 """The command's own defaults for the Trainer: it leaves nothing behind but the expert folder."""
@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     """Run ``lit-merge curvature``.
 
     Raises:
-        InputError: As :func:`lit_merge.passes.checkpoint_curvature.curvature_of_checkpoint`, and
+        InputError: As :func:`lit_merge.checkpoint_curvature.curvature_of_checkpoint`, and
         for a
             configuration that does not fit.
     """

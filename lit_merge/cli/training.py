@@ -13,6 +13,8 @@ from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 
 # Imported for their classes: a configuration may name those that exist by their short names.
+import lit_merge.callbacks
+import lit_merge.tasks  # noqa: F401
 from lit_merge.cli.parsing import add_config, parser_settings
 from lit_merge.errors import InputError
 from lit_merge.tasks.task import Task

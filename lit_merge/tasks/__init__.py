@@ -22,6 +22,7 @@ from lit_merge.tasks.classification import (
     TimmClassifier,
     TransformersClassifier,
 )
+from lit_merge.tasks.digits import DigitsTask
 from lit_merge.tasks.image_task import ImageTask
 from lit_merge.tasks.mixed_batches import (
     MergeBatch,
@@ -38,6 +39,7 @@ __all__ = [
     "IGNORED",
     "ClassificationModule",
     "DatasetTask",
+    "DigitsTask",
     "ImageTask",
     "MergeBatch",
     "MultiTaskDataModule",

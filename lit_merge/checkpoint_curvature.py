@@ -17,11 +17,11 @@ from lit_merge.callbacks.training_loss import TrainingLoss
 from lit_merge.checkpoint import fingerprint, load_into, open_checkpoint
 from lit_merge.correction.sites import find_sites
 from lit_merge.correction.statistics import to_tensors
+from lit_merge.curvature_pass import CurvaturePass, Measurement
 from lit_merge.distributed import failing_together
 from lit_merge.errors import InputError
 from lit_merge.expert.info import ExpertInfo, read_info
 from lit_merge.output import require_free
-from lit_merge.passes.curvature_pass import CurvaturePass, Measurement
 
 
 def curvature_of_checkpoint(

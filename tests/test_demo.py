@@ -1,0 +1,55 @@
+"""The demo: its commands, its folder, and the whole way with very little training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lit_merge import demo
+from lit_merge.errors import InputError
+from lit_merge.evaluation.file import read_evaluation
+
+
+def test_the_whole_way_ends_with_a_table_and_a_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "_EPOCHS", {"base": 1, "expert": 1})
+    monkeypatch.setattr(demo, "TASKS", {name: demo.TASKS[name] for name in ("mirrored", "odd")})
+    monkeypatch.setattr(demo, "_MODEL_KWARGS", {**demo._MODEL_KWARGS, "depth": 1})
+    run = tmp_path / "run"
+    assert demo.main(["--output", str(run), "--steps", "2"]) == 0
+    printed = capsys.readouterr().out
+    evaluation = read_evaluation(run / "evaluation.json")
+    models = {row.model for row in evaluation.rows}
+    assert {"average", "ties", "gradient-matching", "base + TACT + learned"} <= models
+    assert all(row.num_examples == 497 for row in evaluation.rows)
+    corrected = [r for r in evaluation.rows if r.model == "gradient-matching + TACT + learned"]
+    assert {row.task for row in corrected} == {"mirrored", "odd"}
+    assert "linear probe on base" in printed
+    page = (run / "report.html").read_text()
+    assert "gradient-matching + TACT + learned" in page
+    assert "http://" not in page.replace("http://www.w3.org/", "")
+    assert sorted(p.name for p in (run / "gradient-matching").iterdir()) == [
+        "heads",
+        "merge.json",
+        "model.safetensors",
+    ]
+
+
+def test_a_used_folder_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "precious.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"must be a new or empty folder; got one with files"):
+        demo.main(["--output", str(tmp_path)])
+    with pytest.raises(InputError, match=r"--replace takes only the folder of an earlier demo"):
+        demo.main(["--output", str(tmp_path), "--replace"])
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_every_step_has_a_file_of_its_own_and_writes_inside_the_folder(tmp_path: Path) -> None:
+    steps = list(demo.plan(tmp_path, seed=3, steps=7))
+    files = [step.arguments[-1] for step in steps if step.config]
+    assert len(set(files)) == len(files) == 15
+    outputs = [step.config["output"] for step in steps if "output" in step.config]
+    assert all(Path(output).is_relative_to(tmp_path) for output in outputs)
+    assert {s.config["seed_everything"] for s in steps if "seed_everything" in s.config} == {3}
