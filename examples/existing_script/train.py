@@ -33,7 +33,7 @@ class Classifier(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
 def main() -> None:
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--view", default="mirrored")
     parser.add_argument("--output", default="runs/mirrored")
     parser.add_argument("--start", help="checkpoint of the base")
-    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--epochs", type=int, default=10)
     options = parser.parse_args()
 
     L.seed_everything(0)
