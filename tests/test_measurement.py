@@ -93,7 +93,7 @@ class World:
             load_into(net, weights, ignore=("head.*",))
         return net
 
-    def test_set(self, name: str) -> tuple[Tensor, Tensor]:
+    def held_out(self, name: str) -> tuple[Tensor, Tensor]:
         test: Any = self.tasks[name].test
         return test.tensors[0], test.tensors[1]
 
@@ -135,7 +135,7 @@ def test_accuracy_and_loss_are_those_of_the_plain_network(
 ) -> None:
     measured = [row for row in evaluation.rows if row.kind != "control"]
     for row in measured:
-        inputs, labels = world.test_set(row.task)
+        inputs, labels = world.held_out(row.task)
         logits = world.network(row.model, row.task)(inputs).double()
         assert row.num_examples == len(labels)
         assert row.accuracy == int((logits.argmax(1) == labels).sum()) / len(labels)
@@ -151,7 +151,7 @@ def test_control_is_a_linear_head_on_the_features_of_the_base(
             train: Any = world.tasks[row.task].train
             order = _calibration_order(len(train), 32)
             batch = (train.tensors[0][order], train.tensors[1][order])
-            expected = linear_probe(world.base, "head", [batch], [world.test_set(row.task)])
+            expected = linear_probe(world.base, "head", [batch], [world.held_out(row.task)])
             assert row.accuracy == pytest.approx(expected)
             assert row.nll is None
 
@@ -159,7 +159,7 @@ def test_control_is_a_linear_head_on_the_features_of_the_base(
 def test_variance_is_that_of_the_first_test_examples(world: World, evaluation: Evaluation) -> None:
     assert {row.kind for row in evaluation.variances} == {"expert", "merged"}
     for row in evaluation.variances:
-        inputs, _ = world.test_set(row.task)
+        inputs, _ = world.held_out(row.task)
         net = world.network(row.model, row.task)
         outputs = net.fc1(inputs[:32])
         if row.site == "fc2":
@@ -181,7 +181,7 @@ def test_base_without_experts_keeps_its_own_head(world: World) -> None:
     only = {"a": world.tasks["a"]}
     models = {"base": world.models["base"]}
     (row,) = evaluate(trainer(world.root), Net(), models, only).rows
-    inputs, labels = world.test_set("a")
+    inputs, labels = world.held_out("a")
     right = int((world.base(inputs).argmax(1) == labels).sum())
     assert row.accuracy == right / len(labels)
 

@@ -196,7 +196,7 @@ def test_a_spread_that_is_only_rounding_counts_as_constant():
     assert shift.item() == 2 - 1e4
 
 
-def refused(match: str, model, corrections, context, **changes: object) -> None:
+def check_refused(match: str, model, corrections, context, **changes: object) -> None:
     inputs = images(4, channels=1)
     options = {
         "task": 0,
@@ -216,17 +216,21 @@ def refused(match: str, model, corrections, context, **changes: object) -> None:
 def test_detached_or_disabled_corrections_are_refused():
     model, corrections, context = merged_and_corrections(tiny_conv_net)
     with corrections.disabled():
-        refused(
+        check_refused(
             "corrections: must be attached to the model and enabled", model, corrections, context
         )
     corrections.detach()
-    refused("corrections: must be attached to the model and enabled", model, corrections, context)
+    check_refused(
+        "corrections: must be attached to the model and enabled", model, corrections, context
+    )
 
 
 def test_unknown_tasks_are_refused():
     setting = merged_and_corrections(tiny_conv_net)
     for task in (2, -1):
-        refused(f"task: must be the index of one of the 2 tasks; got {task}", *setting, task=task)
+        check_refused(
+            f"task: must be the index of one of the 2 tasks; got {task}", *setting, task=task
+        )
 
 
 def test_missing_or_foreign_statistics_are_refused_by_site_and_nothing_is_half_fitted():
@@ -240,19 +244,19 @@ def test_missing_or_foreign_statistics_are_refused_by_site_and_nothing_is_half_f
         ({**good, "4": ChannelStatistics.empty(8)}, "got 8 channels of 0 rows"),
         ({**good, "4": broken}, "site '4': activations must be finite"),
     ):
-        refused(match, *setting, expert_statistics=statistics)
+        check_refused(match, *setting, expert_statistics=statistics)
 
 
 def test_nan_activations_are_refused_by_site():
     model, corrections, context = merged_and_corrections(tiny_conv_net)
     with torch.no_grad():
         model[3].weight[0] = torch.nan
-    refused("site '4': activations must be finite", model, corrections, context)
+    check_refused("site '4': activations must be finite", model, corrections, context)
 
 
 def test_a_forward_that_runs_no_site_is_refused():
     setting = merged_and_corrections(tiny_conv_net)
-    refused("inputs: must run at least one of the 2 sites", *setting, forward=lambda m, x: x)
+    check_refused("inputs: must run at least one of the 2 sites", *setting, forward=lambda m, x: x)
 
 
 def test_a_correction_without_a_closed_form_is_refused():
@@ -267,7 +271,9 @@ def test_a_correction_without_a_closed_form_is_refused():
     model, context = tiny_conv_net(), TaskContext()
     corrections = Corrections(find_sites(model), 1, Learned, context=context)
     corrections.attach(model)
-    refused(r"must have set_\(task, scale, shift\).*got a Learned", model, corrections, context)
+    check_refused(
+        r"must have set_\(task, scale, shift\).*got a Learned", model, corrections, context
+    )
 
 
 def test_a_site_that_runs_twice_in_a_forward_is_refused():
