@@ -386,7 +386,9 @@ class MergeModule(MergedClassifier):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Return Adam on the corrections, with a cosine to zero."""
         parameters = self.network.corrections.parameters()
-        return with_cosine(self, torch.optim.Adam(parameters, lr=self.lr))
+        # Some numbers have no gradient but rounding (the shift of attention keys, which softmax
+        # ignores; all, once the experts are met). With Adam's usual eps they would wander by lr.
+        return with_cosine(self, torch.optim.Adam(parameters, lr=self.lr, eps=1e-6))
 
     def _train_metric(self, index: int) -> MeanMetric:
         return cast("MeanMetric", self.train_losses[index])
