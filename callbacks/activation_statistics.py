@@ -19,7 +19,8 @@ from lit_merge.correction.statistics import (
 )
 from lit_merge.distributed import gather
 from lit_merge.parameters import detect_heads
-from lit_merge.passes.data_pass import DataPass, on_device, require_seen, to_device
+from lit_merge.passes.data_pass import DataPass, require_seen
+from lit_merge.passes.on_device import on_device, to_device
 
 
 class ActivationStatistics(ExpertCallback):

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from lit_merge.curvature.quality import Quality
+
 
 @dataclass(frozen=True)
 class Curvature:
@@ -17,9 +19,16 @@ class Curvature:
         num_examples: N.
         num_seen: Examples that went into it, over all ranks and epochs.
         notes: More for ``expert.json``.
+        quality: How well two halves of the examples agree; None where there are none.
     """
 
     hessian: dict[str, Tensor]
     num_examples: int
     num_seen: int
     notes: dict[str, Any] = field(default_factory=dict)
+    quality: Quality | None = None
+
+    def details(self) -> dict[str, Any]:
+        """Return what ``expert.json`` says about it, as JSON primitives."""
+        quality = {} if self.quality is None else {"quality": self.quality.as_dict()}
+        return {"num_seen": self.num_seen, **self.notes, **quality}

@@ -22,13 +22,19 @@ from lightning.pytorch.callbacks import RichProgressBar, StochasticWeightAveragi
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from lit_merge.callbacks.expert_folder import run_of, save_expert, weights_of
-from lit_merge.checkpoint import fingerprint, load_into, open_checkpoint
-from lit_merge.distributed import broadcast, failing_together, sharded_parameters
+from lit_merge.callbacks.expert_folder import fingerprint_of, run_of, save_expert, weights_of
+from lit_merge.checkpoint import load_into, open_checkpoint
+from lit_merge.distributed import (
+    broadcast,
+    failing_together,
+    is_dtensor,
+    sharded_parameters,
+)
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo
 from lit_merge.output import require_free
 from lit_merge.passes.data_pass import DataPass, curvature_loader, data_pass
+from lit_merge.passes.data_ranks import DataRanks
 from lit_merge.passes.training_examples import own_random_numbers
 
 
@@ -63,6 +69,11 @@ class ExpertCallback(pl.Callback):
         self._base_fingerprint: str | None = None
         self._resumed = False
         self._training = False
+
+    @property
+    def takes_shards(self) -> bool:
+        """Whether parameters may be sharded with FSDP2 or tensor parallelism."""
+        return False
 
     @abstractmethod
     def look(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -99,24 +110,32 @@ class ExpertCallback(pl.Callback):
             InputError: The fit could not end with an expert folder.
         """
         name = type(self).__name__
-        sharded = sharded_parameters(trainer.strategy.model or pl_module)
+        model = trainer.strategy.model or pl_module
+        sharded = sharded_parameters(model)
+        if self.takes_shards:
+            parameters = dict(model.named_parameters())
+            sharded = tuple(n for n in sharded if not is_dtensor(parameters[n]))
         if sharded:
             raise InputError(
                 f"{name}: must have whole parameters on every rank; got {len(sharded)} sharded "
                 f'ones, {sharded[0]!r} the first. Train with strategy="ddp", or run "lit-merge '
                 'curvature" on the consolidated checkpoint.'
             )
+        if self.weights == "best" and sharded_parameters(model):
+            raise InputError(
+                'weights: must be "last" where parameters are sharded; got "best". Run "lit-merge '
+                'curvature" on the best checkpoint afterwards.'
+            )
         self._folder = self._resolve_output(trainer)
         self._check_peers(trainer)
         self._check_best(trainer)
-        self._continue_or_begin(trainer, pl_module)
-        with failing_together():
-            if trainer.is_global_zero and not is_rehearsal(trainer):
-                own = run_of(self._folder) == self.run
-                require_free(self._folder, replace=self.replace or own)
+        if not _restores_late(trainer):
+            self._begin(trainer, pl_module)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Try out on a few examples what will happen at the end."""
+        if _restores_late(trainer):
+            self._begin(trainer, pl_module)
         self.look(trainer, pl_module)
         self._training = True
 
@@ -169,29 +188,29 @@ class ExpertCallback(pl.Callback):
         activations: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write what was measured into the expert folder, on the first rank. Collective."""
-        with failing_together():
-            if trainer.is_global_zero:
-                save_expert(
-                    self.folder,
-                    module=module,
-                    info=replace(info, task=self.task, base_fingerprint=self._base_fingerprint),
-                    join=any(peer.written == self.folder for peer in self._peers(trainer)),
-                    replace_folder=self.replace or run_of(self.folder) == self.run,
-                    hessian=hessian,
-                    activations=activations,
-                )
+        own = trainer.is_global_zero and run_of(self.folder) == self.run
+        save_expert(
+            self.folder,
+            module=module,
+            info=replace(info, task=self.task, base_fingerprint=self._base_fingerprint),
+            join=any(peer.written == self.folder for peer in self._peers(trainer)),
+            replace_folder=self.replace or own,
+            hessian=hessian,
+            activations=activations,
+        )
         self.written = self.folder
         rank_zero_info(f"{type(self).__name__}: wrote {self.folder}")
 
     def examples(self, trainer: pl.Trainer, module: pl.LightningModule) -> DataPass:
         """Return this rank's share of the pass over the training examples."""
         owners = (getattr(trainer, "datamodule", None), module)
+        ranks = DataRanks.of(trainer)
         with own_random_numbers(self.seed):  # making a loader may draw some
             loader, its_own = curvature_loader(*owners, otherwise=lambda: trainer.train_dataloader)
             return data_pass(
                 loader,
-                rank=trainer.global_rank,
-                world_size=trainer.world_size,
+                rank=ranks.rank,
+                world_size=ranks.size,
                 max_examples=self.max_examples,
                 batch_size=self.batch_size,
                 epoch_batches=float("inf") if its_own else trainer.num_training_batches,
@@ -244,6 +263,14 @@ class ExpertCallback(pl.Callback):
                 "ModelCheckpoint that monitors something. Add ModelCheckpoint(monitor=...)."
             )
 
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Find out whose run this is, and whether the folder is free for it."""
+        self._continue_or_begin(trainer, module)
+        with failing_together():
+            if trainer.is_global_zero and not is_rehearsal(trainer):
+                own = run_of(self.folder) == self.run
+                require_free(self.folder, replace=self.replace or own)
+
     def _continue_or_begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         if self._resumed or (trainer.global_step > 0 and self.run is not None):
             return
@@ -256,7 +283,7 @@ class ExpertCallback(pl.Callback):
                 "callback, so the base that the training began with is not known."
             )
         else:
-            self._base_fingerprint = fingerprint(weights_of(module))
+            self._base_fingerprint = fingerprint_of(module)
 
     @contextmanager
     def _chosen_weights(self, trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
@@ -291,6 +318,11 @@ def callbacks_of(trainer: pl.Trainer) -> list[pl.Callback]:
 def is_rehearsal(trainer: pl.Trainer) -> bool:
     """Return whether the fit is only tried out, with ``fast_dev_run``."""
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+def _restores_late(trainer: pl.Trainer) -> bool:
+    """Return whether a checkpoint would be loaded only after ``on_fit_start``, as by shards."""
+    return bool(trainer.strategy.restore_checkpoint_after_setup)
 
 
 def stop_progress_bar(trainer: pl.Trainer) -> None:

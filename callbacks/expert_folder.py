@@ -10,8 +10,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lit_merge.checkpoint import alignment, fingerprint, plain_names
+from lit_merge.distributed import broadcast, failing_together, is_sharded, rank
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo, add_to_expert, open_expert, write_expert
+from lit_merge.expert.sharded import WholeTensors, write_hessian, write_sharded_expert
 from lit_merge.parameters import detect_heads
 
 
@@ -40,6 +42,12 @@ def describe(module: nn.Module) -> ExpertInfo:
     )
 
 
+def fingerprint_of(module: nn.Module) -> str:
+    """Return the fingerprint of a module's weights. Collective if they are sharded."""
+    weights = weights_of(module)
+    return fingerprint(WholeTensors(weights) if _any_sharded(weights) else weights)
+
+
 def save_expert(
     path: Path,
     *,
@@ -50,43 +58,67 @@ def save_expert(
     hessian: Mapping[str, Tensor] | None = None,
     activations: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write an expert folder, or add to one that has the same weights.
+    """Write an expert folder, or add to one that has the same weights. Collective.
+
+    The first rank writes. Of sharded weights every rank gives its part, tensor by tensor.
 
     Args:
         path: The folder.
         module: Where the weights are taken from.
         info: What is known about the expert; entries that are None say nothing.
         join: Whether the folder is an expert folder of these weights, to be added to; their names
-            may differ by a prefix.
+            may differ by a prefix. The same on every rank.
         replace_folder: Whether any other folder may be replaced.
-        hessian: Σ over the training examples, by parameter name.
+        hessian: Σ over the training examples, by parameter name; sharded if the weights are.
         activations: Statistics by site.
 
     Raises:
-        InputError: The folder may not be written, or the values are not finite.
+        InputError: On every rank, if the folder may not be written, or a value is not finite.
     """
-    plain = plain_names_of(module)
     state = module.state_dict()
-    weights = {name: state[name] for name in plain}
-    if not join:
-        write_expert(
-            path,
-            weights=weights,
-            info=info,
-            hessian=hessian,
-            activations=activations,
-            replace=replace_folder,
-        )
+    weights = {name: state[name] for name in plain_names_of(module)}
+    if join:
+        _join(path, module, info, hessian, activations)
         return
-    there = open_expert(path)
-    aligned = alignment(plain.values(), there.weights)
-    there.close()
+    write = write_sharded_expert if _any_sharded(weights) else _write_on_first
+    write(
+        path,
+        weights=weights,
+        info=info,
+        hessian=hessian,
+        activations=activations,
+        replace=replace_folder,
+    )
+
+
+def _write_on_first(path: Path, **contents: Any) -> None:
+    with failing_together():
+        if rank() == 0:
+            write_expert(path, **contents)
+
+
+def _join(
+    path: Path,
+    module: nn.Module,
+    info: ExpertInfo,
+    hessian: Mapping[str, Tensor] | None,
+    activations: Mapping[str, Tensor] | None,
+) -> None:
+    plain = plain_names_of(module)
+    found = fingerprint_of(module)
+    there, aligned = info, dict[str, str]()
+    with failing_together():
+        if rank() == 0:
+            expert = open_expert(path)
+            there, aligned = expert.info, alignment(plain.values(), expert.weights)
+            expert.close()
+    aligned = broadcast(aligned)
 
     def names(group: Iterable[str]) -> tuple[str, ...]:
         return tuple(aligned[plain[name]] for name in group)
 
     changes: dict[str, Any] = {
-        "details": {**there.info.details, **info.details},
+        "details": {**there.details, **info.details},
         "head_parameters": names(info.head_parameters),
         "frozen_parameters": names(info.frozen_parameters),
         "tied_parameters": tuple(names(group) for group in info.tied_parameters),
@@ -96,13 +128,22 @@ def save_expert(
             changes[key] = getattr(info, key)
     if hessian is not None:
         hessian = dict(zip(names(hessian), hessian.values(), strict=True))
-    add_to_expert(
-        path,
-        weights_fingerprint=fingerprint(weights_of(module)),
-        info_changes=changes,
-        hessian=hessian,
-        activations=activations,
-    )
+        if _any_sharded(weights_of(module)):
+            write_hessian(path, hessian, replace(there, fingerprint=found))
+            hessian = None  # it is there
+    with failing_together():
+        if rank() == 0:
+            add_to_expert(
+                path,
+                weights_fingerprint=found,
+                info_changes=changes,
+                hessian=hessian,
+                activations=activations,
+            )
+
+
+def _any_sharded(tensors: Mapping[str, Tensor]) -> bool:
+    return any(map(is_sharded, tensors.values()))
 
 
 def run_of(path: Path) -> str | None:

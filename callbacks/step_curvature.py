@@ -14,6 +14,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,9 +24,12 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from lit_merge.callbacks.curvature_result import Curvature
-from lit_merge.curvature import SquaredBatchGradient, adam_second_moment
-from lit_merge.distributed import failing_together
+from lit_merge.curvature import SquaredBatchGradient, adam_second_moment, batch_size_of
+from lit_merge.distributed import failing_together, is_sharded, true_everywhere
 from lit_merge.errors import InputError
+from lit_merge.passes.data_pass import DataPass
+from lit_merge.passes.data_ranks import DataRanks
+from lit_merge.sharding import part_as, sharded_as, zero_everywhere
 
 
 @dataclass
@@ -71,15 +75,35 @@ class StepCurvature(ABC):
 
         Args:
             trainer: Its optimizers are followed.
-            names: The parameters wanted, with their names.
+            names: The parameters wanted, with their names; where one is sharded, every rank keeps
+                its part.
         """
         self.names = names
+        self.parameters = {name: parameter for parameter, name in names.items()}
+        self.sharded = any(map(is_sharded, names))
         self.steps = [Steps() for _ in trainer.optimizers]
         self._size: int | None = None
 
-    def on_batch(self, size: int) -> None:
+    @property
+    def num_batches(self) -> int | None:
+        """How many micro-batches the sums are over, where they grow between steps, else None."""
+        return None
+
+    def look(self, trainer: pl.Trainer, data: DataPass, *, seed: int) -> None:  # noqa: B027
+        """Try out before training what could fail late. Collective.
+
+        Args:
+            trainer: The Trainer.
+            data: This rank's share of the training examples.
+            seed: Of the random numbers meanwhile.
+        """
+
+    def on_batch(self, trainer: pl.Trainer, batch: Any) -> None:
         """Learn how many examples a micro-batch has, when it begins."""
-        self._size = size
+        self._size = batch_size_of(batch)
+
+    def on_loss(self) -> None:  # noqa: B027
+        """Learn that the forward of a micro-batch is done, and its backward begins."""
 
     def on_backward(self) -> None:
         """Count the examples of a micro-batch, once: only those that give gradients count."""
@@ -87,6 +111,9 @@ class StepCurvature(ABC):
             for steps in self.steps:
                 steps.batch(self._size)
             self._size = None
+
+    def cancel(self) -> None:  # noqa: B027
+        """Give up a micro-batch that has no backward, if it has had none."""
 
     def on_step(self, trainer: pl.Trainer, optimizer: Optimizer) -> None:
         """Take what a step has to tell, before the optimizer makes it."""
@@ -99,7 +126,7 @@ class StepCurvature(ABC):
         automatic = trainer.lightning_module.automatic_optimization
         size, factor = steps.close(
             accumulate=trainer.accumulate_grad_batches if automatic else steps.window_batches,
-            world_size=trainer.world_size,
+            world_size=DataRanks.of(trainer).size,
         )
         self.take(trainer, index, size=size, factor=factor)
 
@@ -124,7 +151,7 @@ class StepCurvature(ABC):
         """
 
     def result(self, trainer: pl.Trainer, *, num_examples: int | None) -> Curvature:
-        """Return the estimate on the first rank, an empty one on the others. Collective.
+        """Return the estimate on the first rank, or its parts on every rank. Collective.
 
         Args:
             trainer: The Trainer.
@@ -137,9 +164,9 @@ class StepCurvature(ABC):
         total = num_examples or max(1, round(seen / max(1, trainer.current_epoch)))
         hessian: dict[str, Tensor] = {}
         with failing_together():
-            if trainer.is_global_zero:
+            if trainer.is_global_zero or self.sharded:
                 hessian = self.hessian(trainer, num_examples=total)
-        unused = [name for name, value in hessian.items() if not value.any()]
+        unused = list(zero_everywhere(hessian))
         return Curvature(hessian, total, seen, {"unused": unused, **self.notes()})
 
     def zeros(self) -> dict[str, Tensor]:
@@ -163,7 +190,10 @@ class StepCurvature(ABC):
         return {}
 
     def resume(self, counts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Go on from :meth:`counts` and :meth:`tensors`; an unfinished window is given up."""
+        """Go on from :meth:`counts` and this process' part of :meth:`tensors`.
+
+        An unfinished window is given up.
+        """
         for steps, kept in zip(self.steps, counts["steps"], strict=True):
             for count in ("num_steps", "num_examples", "inverse_sizes"):
                 setattr(steps, count, kept[count])
@@ -173,20 +203,24 @@ class SquaredSteps(StepCurvature):
     """Σ over the steps of B² ḡ², scaled from the examples seen to the N of the training set.
 
     Gradients are averaged over ranks and thus the same on all of them: only the first sums them up.
+    Of sharded ones every rank has a part, and sums that up.
     """
 
     def __init__(self, trainer: pl.Trainer, names: Mapping[Parameter, str]) -> None:
         """See :class:`StepCurvature`."""
         super().__init__(trainer, names)
-        self._estimators = [SquaredBatchGradient() for _ in trainer.optimizers]
+        agree = partial(true_everywhere, device=trainer.strategy.root_device)
+        self._estimators = [
+            SquaredBatchGradient(agree=agree if self.sharded else bool) for _ in trainer.optimizers
+        ]
 
     def take(self, trainer: pl.Trainer, index: int, *, size: int, factor: float) -> None:
         """Square the gradients of the parameters that this optimizer holds."""
-        if not trainer.is_global_zero:
+        if not (trainer.is_global_zero or self.sharded):
             return
         optimizer = trainer.optimizers[index]
         gradients = {
-            self.names[parameter]: parameter.grad
+            self.names[parameter]: part_as(parameter.grad, parameter)
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter in self.names and parameter.grad is not None
@@ -214,7 +248,8 @@ class SquaredSteps(StepCurvature):
         for estimator in self._estimators:
             for name, total in estimator.sums().items():
                 if name in result:
-                    result[name] = total.mul_(num_examples / estimator.num_examples)
+                    total.mul_(num_examples / estimator.num_examples)
+                    result[name] = sharded_as(total, self.parameters[name])
         return result
 
     def notes(self) -> dict[str, Any]:
@@ -236,7 +271,7 @@ class SquaredSteps(StepCurvature):
     def tensors(self) -> dict[str, Tensor]:
         """Return the sums, each under the number of its optimizer and its name."""
         return {
-            f"{index}.{name}": total
+            f"{index}.{name}": sharded_as(total, self.parameters[name])
             for index, estimator in enumerate(self._estimators)
             for name, total in estimator.sums().items()
         }
@@ -244,14 +279,13 @@ class SquaredSteps(StepCurvature):
     def resume(self, counts: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """See :meth:`StepCurvature.resume`."""
         super().resume(counts, tensors)
-        homes = {name: parameter.device for parameter, name in self.names.items()}
         for index, estimator in enumerate(self._estimators):
             own = {
                 name.partition(".")[2]: total
                 for name, total in tensors.items()
                 if name.partition(".")[0] == str(index)
             }
-            sums = {name: total.to(homes[name]) for name, total in own.items()}
+            sums = {name: total.to(self.parameters[name].device) for name, total in own.items()}
             estimator.resume(sums, **counts["seen"][index])
 
 

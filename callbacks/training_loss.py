@@ -25,6 +25,8 @@ from lit_merge.distributed import failing_together
 from lit_merge.errors import InputError
 from lit_merge.passes.training_examples import own_random_numbers
 
+_WITH_MODES = (nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd)
+_LABELS = ("label", "labels", "target", "targets", "y")
 _BATCH_IDX = 1  # not 0: on their first batch training steps like to log images and histograms
 
 
@@ -36,19 +38,22 @@ class TrainingLoss:
     other precisions run as in training.
     """
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def __init__(
+        self, trainer: pl.Trainer, module: pl.LightningModule, *, own: bool = True
+    ) -> None:
         """Check that the module has a loss that can be called on its own.
 
         Args:
             trainer: The Trainer whose precision and loggers are in use.
             module: The user's module.
+            own: Whether its ``curvature_loss`` goes before its ``training_step``.
 
         Raises:
             InputError: The module optimises by hand, or its training step takes the data iterator,
                 and it does not define ``curvature_loss``.
         """
         self._trainer = trainer
-        self._own = getattr(module, "curvature_loss", None) is not None
+        self._own = own and getattr(module, "curvature_loss", None) is not None
         parameters = inspect.signature(module.training_step).parameters
         self._takes_index = "batch_idx" in parameters or len(parameters) >= 2
         name = type(module).__name__
@@ -73,21 +78,27 @@ class TrainingLoss:
             batch: A batch on the module's device.
 
         Raises:
-            InputError: The step returned no loss, or one that is not a scalar.
+            InputError: The step returned no loss, or one that is not a scalar; it found no labels,
+                or put layers into train mode.
         """
         assert isinstance(model, pl.LightningModule)
         step = "curvature_loss" if self._own else "training_step"
-        with _unheard(self._trainer, model), _precision(self._trainer, model):
+        name = type(model).__name__
+        with (
+            _unheard(self._trainer, model),
+            _precision(self._trainer, model),
+            _judged(model, f"{name}.{step}"),
+        ):
             if self._own:
                 output = model.curvature_loss(batch)  # type: ignore[operator]
             else:
                 output = model.training_step(*([batch, _BATCH_IDX][: 1 + self._takes_index]))
         loss = output.get("loss") if isinstance(output, Mapping) else output
-        name = type(model).__name__
         if not isinstance(loss, Tensor):
             raise InputError(
                 f"{name}.{step}: must return the mean loss over the batch, as a tensor or under "
-                f"'loss'; got {type(loss).__name__}. {_define(name)}"
+                f"'loss'; got {type(loss).__name__}. Models of transformers return none for a "
+                f"batch without labels. {_define(name)}"
             )
         if loss.numel() != 1:
             raise InputError(
@@ -122,6 +133,45 @@ def without_trace(module: nn.Module, *, seed: int) -> Iterator[None]:
 
 def _define(name: str) -> str:
     return f"Define {name}.curvature_loss(self, batch): it returns the mean loss over the batch."
+
+
+@contextmanager
+def _judged(model: nn.Module, step: str) -> Iterator[None]:
+    """Say what is wrong with a step that changes the model's mode, or misses labels."""
+    in_eval = [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, _WITH_MODES) and not module.training
+    ]
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:  # batch statistics of one example fail by themselves
+        error = caught
+    for name, module in in_eval:
+        if module.training:
+            raise InputError(
+                f"{step}: must leave the model in the mode that it is in, because curvature is "
+                f"measured in eval mode; got {name!r} ({type(module).__name__}) put into train "
+                "mode, where examples depend on each other or on chance. Call train() outside of "
+                f"{step}, or define curvature_loss(self, batch) without it."
+            ) from error
+    if error is None:
+        return
+    if _misses_labels(error):
+        raise InputError(
+            f"{step}: must find labels in the batch; got {type(error).__name__}: {error}. For data "
+            'without labels use labels="sampled" and define curvature_loss(self, batch), which '
+            "calls torch's loss function with the target None; or define curvature_dataloader() "
+            "with labelled batches."
+        ) from error
+    raise error
+
+
+def _misses_labels(error: Exception) -> bool:
+    if isinstance(error, KeyError):
+        return error.args[0] in _LABELS
+    return isinstance(error, (TypeError, AttributeError)) and "NoneType" in str(error)
 
 
 @contextmanager

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_merge.callbacks.activation_statistics import gather_over_ranks
-from lit_merge.callbacks.exact_diagonal import ExactPass, chosen_parameters
 from lit_merge.callbacks.expert_callback import require_one_of, require_positive
-from lit_merge.callbacks.expert_folder import describe, save_expert, weights_of, with_details
+from lit_merge.callbacks.expert_folder import describe, fingerprint_of, save_expert, with_details
+from lit_merge.callbacks.pass_settings import PassEstimatorName, PassSettings, default_labels
+from lit_merge.callbacks.sharded_pass import pass_over
 from lit_merge.callbacks.training_loss import TrainingLoss
-from lit_merge.checkpoint import fingerprint, load_into, open_checkpoint
+from lit_merge.checkpoint import load_into, open_checkpoint
 from lit_merge.correction.sites import find_sites
 from lit_merge.correction.statistics import to_tensors
+from lit_merge.curvature.losses import Reduction
+from lit_merge.curvature.objective import Labels
 from lit_merge.curvature_pass import CurvaturePass, Measurement
-from lit_merge.distributed import failing_together
+from lit_merge.distributed import broadcast, failing_together, sharded_parameters
 from lit_merge.errors import InputError
 from lit_merge.expert.info import ExpertInfo, read_info
 from lit_merge.output import require_free
+from lit_merge.passes.data_pass import DataPass
+from lit_merge.passes.glimpse import glimpse
+from lit_merge.passes.unfinished import UnfinishedPass
+from lit_merge.sharding import copy_into
 
 
 def curvature_of_checkpoint(
@@ -32,7 +39,10 @@ def curvature_of_checkpoint(
     checkpoint: str | Path,
     output: str | Path,
     weights: Literal["averaged", "raw"] = "averaged",
-    labels: Literal["sampled", "observed"] = "sampled",
+    estimator: PassEstimatorName = "exact",
+    labels: Labels | None = None,
+    samples: int = 1,
+    reduction: Reduction = "loss",
     max_examples: int | None = None,
     parameters: list[str] | None = None,
     sites: str | list[str] | None = None,
@@ -40,6 +50,7 @@ def curvature_of_checkpoint(
     batch_size: int | None = None,
     task: str | None = None,
     seed: int = 0,
+    save_every: float | None = 60.0,
     replace: bool = False,
 ) -> Path:
     """Measure a checkpoint's curvature on the training examples, and write an expert folder.
@@ -47,6 +58,10 @@ def curvature_of_checkpoint(
     The pass is that of :class:`~lit_merge.callbacks.DiagonalHessian`. Where ``output`` is an expert
     folder of these very weights without curvature, the curvature is added to it; so a folder can be
     completed in place.
+
+    A pass that is stopped half-way goes on where it was when it is started again with the same
+    settings: the sums so far are in ``<output>.partial`` until the expert folder is written. One
+    over sharded parameters begins again.
 
     Args:
         trainer: Any Trainer: its devices, strategy and precision are used. Its limits on batches
@@ -57,7 +72,14 @@ def curvature_of_checkpoint(
         checkpoint: The weights: anything that :func:`~lit_merge.checkpoint.open_checkpoint` takes.
         output: The expert folder.
         weights: Which weights of a checkpoint that holds both the trained and the averaged ones.
-        labels: "sampled" from the model's predictions (the Fisher information) or "observed".
+        estimator: "exact" for the squared gradients of every example (the Fisher information), or
+            "hutchinson" for an estimate of the diagonal of the true Hessian of the loss.
+        labels: For "exact": "sampled" from the model's predictions, "expected" over all labels, at
+            a pass per class, or "observed" in the data (the empirical Fisher). None is "sampled";
+            the Hessian is of the loss with observed labels.
+        samples: Labels drawn per example, or random vectors per batch; each costs a pass.
+        reduction: "loss" takes the loss as it is; "mean" and "sum" put the terms of each example
+            together first, for losses that are means over tokens of texts of different lengths.
         max_examples: A random subset of so many training examples, on all ranks together; the sum
             is scaled from it to all of them. None takes all.
         parameters: Patterns over the names of the parameters wanted; None for all that are trained.
@@ -67,7 +89,10 @@ def curvature_of_checkpoint(
         batch_size: Examples per batch and rank; None takes the training loader's.
         task: Name of the task, for ``expert.json``.
         seed: Chooses examples and samples labels.
-        replace: Whether an existing folder, or the curvature in it, may be replaced.
+        save_every: Seconds after which the sums so far are written aside; they become more where
+            writing takes long. None writes nothing, and does not look for what was written.
+        replace: Whether an existing folder, or the curvature in it, may be replaced, and what is
+            left of a pass with other settings.
 
     Returns:
         The expert folder.
@@ -77,25 +102,34 @@ def curvature_of_checkpoint(
             measured, or the folder may not be written.
     """
     require_one_of("weights", weights, ("averaged", "raw"))
-    require_one_of("labels", labels, ("sampled", "observed"))
     for name, value in (
         ("max_examples", max_examples),
         ("max_activation_examples", max_activation_examples),
         ("batch_size", batch_size),
     ):
         require_positive(name, value)
+    if save_every is not None and not save_every >= 0:
+        raise InputError(
+            f"save_every: must be a number of seconds, or None; got {save_every!r}. 60 is usual."
+        )
     measurement = _CheckpointCurvature(
         checkpoint=Path(checkpoint),
         output=Path(output),
         weights=weights,
-        labels=labels,
+        settings=PassSettings(
+            estimator=estimator,
+            labels=default_labels(estimator, labels),
+            samples=samples,
+            reduction=reduction,
+            parameters=None if parameters is None else tuple(parameters),
+            seed=seed,
+        ),
         max_examples=max_examples,
-        parameters=None if parameters is None else tuple(parameters),
         sites=tuple(sites) if isinstance(sites, list) else sites,
         max_activation_examples=max_activation_examples,
         batch_size=batch_size,
         task=task,
-        seed=seed,
+        save_every=save_every,
         replace=replace,
     )
     open_checkpoint(measurement.checkpoint, weights=weights).close()  # before processes are started
@@ -109,30 +143,33 @@ def curvature_of_checkpoint(
 class _CheckpointCurvature(Measurement):
     """The arguments of :func:`curvature_of_checkpoint`, and what they mean in every process."""
 
+    takes_shards: ClassVar[bool] = True
+
     checkpoint: Path
     output: Path
     weights: Literal["averaged", "raw"]
-    labels: Literal["sampled", "observed"]
+    settings: PassSettings
     max_examples: int | None
-    parameters: tuple[str, ...] | None
     sites: str | tuple[str, ...] | None
     max_activation_examples: int | None
     batch_size: int | None
     task: str | None
-    seed: int
+    save_every: float | None
     replace: bool
 
     def load(self, module: pl.LightningModule) -> None:
         """Load the checkpoint."""
         with open_checkpoint(self.checkpoint, weights=self.weights) as checkpoint:
-            load_into(module, checkpoint)
+            load_into(module, checkpoint, copy=copy_into)
 
     def run(self, step: CurvaturePass) -> None:
         """Measure on every rank, and write on the first."""
         trainer, module = step.trainer, step.module
+        weights = fingerprint_of(module)
         with failing_together():
+            self._check_sites(module)
             if trainer.is_global_zero:
-                self.joins(module)
+                self.joins(weights)
         info = describe(module)
         loss = TrainingLoss(trainer, module)
         sites = (
@@ -140,73 +177,99 @@ class _CheckpointCurvature(Measurement):
             if self.sites is None
             else find_sites(module, where=self.sites, exclude=info.head_parameters)
         )
-        found = ExactPass(
-            trainer,
-            module,
-            loss=loss,
-            labels=self.labels,
-            parameters=chosen_parameters(module, self.parameters),
-            seed=self.seed,
-        ).run(
-            step.examples(
-                max_examples=self.max_examples, batch_size=self.batch_size, seed=self.seed
-            )
-        )
+        seed = self.settings.seed
+        data = step.examples(max_examples=self.max_examples, batch_size=self.batch_size, seed=seed)
+        unfinished = self.unfinished(step, data, weights)
+        measuring = pass_over(trainer, module, loss=loss, settings=self.settings)
+        found = measuring.run(data, unfinished=unfinished)
         activations = None
         if sites is not None:
             examples = step.examples(
                 max_examples=self.max_activation_examples,
                 batch_size=self.batch_size,
-                seed=self.seed,
+                seed=seed,
             )
-            statistics = gather_over_ranks(
-                trainer, module, examples, sites, loss=loss, seed=self.seed
-            )
+            statistics = gather_over_ranks(trainer, module, examples, sites, loss=loss, seed=seed)
             activations = to_tensors(statistics)
         info = replace(
             info,
             task=self.task,
-            estimator="exact",
-            labels=self.labels,
+            estimator=self.settings.estimator,
+            labels=self.settings.labels,
             num_examples=found.num_examples,
         )
         curvature = {
-            "num_seen": found.num_seen,
-            "parameters": self.parameters,
             "max_examples": self.max_examples,
-            "seed": self.seed,
             "precision": str(trainer.precision),
-            **found.notes,
+            **found.details(),
         }
         info = with_details(
             info, checkpoint=str(self.checkpoint), weights=self.weights, curvature=curvature
         )
+        join = False
         with failing_together():
             if trainer.is_global_zero:
-                save_expert(
-                    self.output,
-                    module=module,
-                    info=info,
-                    join=self.joins(module),
-                    replace_folder=self.replace,
-                    hessian=found.hessian,
-                    activations=activations,
-                )
+                join = self.joins(weights)
+        save_expert(
+            self.output,
+            module=module,
+            info=info,
+            join=broadcast(join),
+            replace_folder=self.replace,
+            hessian=found.hessian,
+            activations=activations,
+        )
+        if unfinished is not None:
+            unfinished.remove()
         rank_zero_info(f"Wrote {self.output}")
+
+    def unfinished(
+        self, step: CurvaturePass, data: DataPass, weights: str
+    ) -> UnfinishedPass | None:
+        """Return where this pass may be gone on with, None if it may not. Collective."""
+        # Of sharded sums the ranks would have to write their parts after the very same batch.
+        if self.save_every is None or sharded_parameters(step.module):
+            return None
+        trainer = step.trainer
+        with failing_together():
+            settings = {
+                "weights": weights,
+                "estimator": self.settings.estimator,
+                "labels": self.settings.labels,
+                **self.settings.details(),
+                "max_examples": self.max_examples,
+                "precision": str(trainer.precision),
+                **data.plan(),
+                "first_examples": glimpse(data, seed=self.settings.seed) if data.indexed else {},
+            }
+        return UnfinishedPass(
+            self.output.with_name(f"{self.output.name}.partial"),
+            rank=trainer.global_rank,
+            settings=settings,
+            every=self.save_every,
+            replace=self.replace,
+        )
 
     def info_there(self) -> ExpertInfo | None:
         """Return what is known of the expert in the output folder, None without one."""
         path = self.output / "expert.json"
         return read_info(path) if path.is_file() else None
 
-    def joins(self, module: pl.LightningModule) -> bool:
-        """Return whether the output is an expert folder of the module's weights.
+    def _check_sites(self, module: pl.LightningModule) -> None:
+        if self.sites is not None and sharded_parameters(module):
+            raise InputError(
+                f"sites: must be None where parameters are sharded; got {self.sites!r}. Gather "
+                'activation statistics with strategy="ddp" or a single device.'
+            )
+
+    def joins(self, weights: str) -> bool:
+        """Return whether the output is an expert folder of weights with this fingerprint.
 
         Raises:
             InputError: Something else is there, or curvature that may not be replaced.
         """
         there = self.info_there()
-        if there is None or there.fingerprint != fingerprint(weights_of(module)):
+        if there is None or there.fingerprint != weights:
             self.require_room()
             return False
         file = self.output / "hessian.safetensors"

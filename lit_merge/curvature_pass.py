@@ -10,20 +10,27 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_merge.callbacks.expert_callback import stop_progress_bar
-from lit_merge.distributed import sharded_parameters
+from lit_merge.distributed import is_dtensor, sharded_parameters
 from lit_merge.errors import InputError
 from lit_merge.passes.data_pass import DataPass, curvature_loader, data_pass
+from lit_merge.passes.data_ranks import DataRanks
 
 
 class Measurement(ABC):
-    """What is done to a module in a pass."""
+    """What is done to a module in a pass.
+
+    Attributes:
+        takes_shards: Whether parameters may be sharded with FSDP2 or tensor parallelism.
+    """
+
+    takes_shards: ClassVar[bool] = False
 
     @abstractmethod
     def load(self, module: pl.LightningModule) -> None:
@@ -54,6 +61,7 @@ class CurvaturePass(pl.LightningModule):
         self.module = module
         self._datamodule = datamodule
         self._measurement = measurement
+        self._late = False
         self.prepare_data_per_node = self._data.prepare_data_per_node
 
     def launch(self, trainer: pl.Trainer) -> None:
@@ -72,10 +80,11 @@ class CurvaturePass(pl.LightningModule):
             InputError: There are none, or their loader cannot be taken apart.
         """
         loader, _ = curvature_loader(self._datamodule, self.module, otherwise=self._training_loader)
+        ranks = DataRanks.of(self.trainer)
         return data_pass(
             loader,
-            rank=self.trainer.global_rank,
-            world_size=self.trainer.world_size,
+            rank=ranks.rank,
+            world_size=ranks.size,
             max_examples=max_examples,
             batch_size=batch_size,
             seed=seed,
@@ -102,9 +111,13 @@ class CurvaturePass(pl.LightningModule):
 
     def configure_model(self) -> None:
         """Build what the module builds late, and give it the weights."""
+        self.module._device_mesh = self._device_mesh
         if is_overridden("configure_model", self.module):
             self.module.configure_model()
-        self._measurement.load(self.module)
+        # Parameters without memory get some from the strategy, and their values only then.
+        self._late = any(parameter.is_meta for parameter in self.module.parameters())
+        if not self._late:
+            self._measurement.load(self.module)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Call the user's hook."""
@@ -126,12 +139,7 @@ class CurvaturePass(pl.LightningModule):
         Raises:
             InputError: On every rank, when one of them cannot go on.
         """
-        sharded = sharded_parameters(self.module)
-        if sharded:
-            raise InputError(
-                f"strategy: must leave parameters whole; got {sharded[0]!r} and others sharded. "
-                'Use strategy="ddp" or a single device.'
-            )
+        self._check_shards()
         stop_progress_bar(self.trainer)
         # A step of predict runs without gradients and with the Trainer's autocast; the loss enters
         # the autocast again by itself, and what is made of its gradients must not be under it.
@@ -140,8 +148,22 @@ class CurvaturePass(pl.LightningModule):
             torch.enable_grad(),
             torch.autocast(self.device.type, enabled=False),
         ):
+            if self._late:
+                self._measurement.load(self.module)
             self._measurement.run(self)
         return True
+
+    def _check_shards(self) -> None:
+        sharded = sharded_parameters(self.module)
+        parameters = dict(self.module.named_parameters())
+        if self._measurement.takes_shards:
+            sharded = tuple(name for name in sharded if not is_dtensor(parameters[name]))
+        if sharded:
+            taken = " or shard them with FSDP2" if self._measurement.takes_shards else ""
+            raise InputError(
+                f"strategy: must leave parameters whole{taken}; got {sharded[0]!r} and others "
+                'sharded. Use strategy="ddp" or a single device.'
+            )
 
     @property
     def _data(self) -> pl.LightningDataModule | pl.LightningModule:

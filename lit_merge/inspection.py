@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 Kind = Literal["expert", "merged", "corrected", "checkpoint"]
 
 _CHUNK = 1 << 20  # elements of a Hessian in memory at a time
+_QUALITY = {"relative_error", "rank_correlation", "num_examples", "worst"}
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class CurvatureSummary:
         labels: "sampled" or "observed"; None when it is unknown.
         zero_share: Share of the entries that are zero: weights that no example has moved.
         largest: The tensors with the largest traces, at most five, with their share of the whole.
+        quality: How far two halves of the examples are apart, as
+            :meth:`~lit_merge.curvature.quality.Quality.as_dict` has it; None when it is unknown.
     """
 
     trace: float
@@ -73,6 +76,7 @@ class CurvatureSummary:
     labels: str | None
     zero_share: float
     largest: Mapping[str, float]
+    quality: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -153,11 +157,6 @@ def _inspect_expert(
         curvature = _summary(expert.info, traces, zeros, num_elements=parts[-1].num_elements)
     if expert.activations is not None:
         parts.append(_part("activations", expert.activations, path))
-    info = {
-        key: value
-        for key, value in dataclasses.asdict(expert.info).items()
-        if value not in (None, (), {}) and key not in {"weights", "fingerprint", "reduction"}
-    }
     known = expert.info.fingerprint is not None
     return Inspection(
         path=str(path),
@@ -167,7 +166,7 @@ def _inspect_expert(
         parts=tuple(parts),
         tensors=_tensors(expert.weights, traces),
         curvature=curvature,
-        facts=info if known else {},
+        facts=_facts(expert.info) if known else {},
         notes=expert.notes,
     )
 
@@ -269,7 +268,28 @@ def _summary(
         labels=info.labels,
         zero_share=zeros / num_elements if num_elements else 0.0,
         largest={name: traces[name] / trace for name in top if trace > 0},
+        quality=_quality(info),
     )
+
+
+def _quality(info: ExpertInfo) -> Mapping[str, Any] | None:
+    curvature = info.details.get("curvature")
+    found = curvature.get("quality") if isinstance(curvature, Mapping) else None
+    known = isinstance(found, Mapping) and found.keys() >= _QUALITY
+    return found if known else None
+
+
+def _facts(info: ExpertInfo) -> dict[str, Any]:
+    """Return the entries of ``expert.json`` that are shown as they are."""
+    left_out = {"weights", "fingerprint", "reduction"}
+    facts = {
+        key: value
+        for key, value in dataclasses.asdict(info).items()
+        if value not in (None, (), {}) and key not in left_out
+    }
+    if _quality(info) is not None:  # it stands with the curvature
+        del facts["details"]["curvature"]["quality"]
+    return facts
 
 
 def _dtype(dtype: torch.dtype) -> str:

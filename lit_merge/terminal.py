@@ -5,7 +5,8 @@ The same numbers as in the report, small enough for 80 columns and a handful of 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Console
@@ -13,6 +14,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from lit_merge.curvature.quality import in_words
 from lit_merge.evaluation import EXPERTS, Evaluation, EvaluationRow, Kind
 from lit_merge.merge_record import count_actions
 
@@ -159,6 +161,12 @@ def _curvature_facts(curvature: CurvatureSummary) -> dict[str, object]:
     if curvature.largest:
         facts["largest"] = ", ".join(
             f"{name} {percent(share)} %" for name, share in curvature.largest.items()
+        )
+    if curvature.quality is not None:
+        facts["quality"] = in_words(curvature.quality)
+        worst: Mapping[str, Any] = curvature.quality["worst"]
+        facts["least_sure"] = ", ".join(
+            f"{name} {percent(agreement['relative_error'])} %" for name, agreement in worst.items()
         )
     return facts
 

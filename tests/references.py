@@ -178,17 +178,38 @@ def _as_double(tensor: Tensor) -> Tensor:
 
 def splitmix_uniform(seed: int, stream: int, index: int, position: int) -> float:
     """Hash an address to a number in (0, 1) with Python's unbounded integers."""
-    golden, mask = 0x9E3779B97F4A7C15, (1 << 64) - 1
+    return ((_splitmix_word(seed, stream, index, position) >> 12) + 0.5) / 2**52
 
-    def mix(z: int) -> int:
-        z &= mask
-        z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
-        z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
-        return z ^ z >> 31
 
-    key = mix(mix(seed * golden) + (stream + 1) * golden)
-    example = mix(key + (index + 1) * golden)
-    return ((mix(example + (position + 1) * golden) >> 12) + 0.5) / 2**52
+def splitmix_signs(seed: int, stream: int, index: int, count: int) -> list[int]:
+    """Return −1 or 1 for every bit of the hashes of the positions, the lowest bit first."""
+    words = (_splitmix_word(seed, stream, index, position) for position in range(count))
+    return [2 * (word >> bit & 1) - 1 for word in words for bit in range(64)][:count]
+
+
+def splitmix_set(numbers: Sequence[int]) -> int:
+    """Hash a set of numbers, in ascending order, to one."""
+    key = 0
+    for number in sorted(numbers):
+        key = _splitmix(key * _GOLDEN + number + 1)
+    return key
+
+
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def _splitmix(z: int) -> int:
+    mask = (1 << 64) - 1
+    z &= mask
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9 & mask
+    z = (z ^ z >> 27) * 0x94D049BB133111EB & mask
+    return z ^ z >> 31
+
+
+def _splitmix_word(seed: int, stream: int, index: int, position: int) -> int:
+    key = _splitmix(_splitmix(seed * _GOLDEN) + (stream + 1) * _GOLDEN)
+    example = _splitmix(key + (index + 1) * _GOLDEN)
+    return _splitmix(example + (position + 1) * _GOLDEN)
 
 
 def class_by_inverse_cdf(logits: Sequence[float], u: float) -> int:
@@ -214,4 +235,35 @@ def softmax_fisher_by_enumeration(
             gradients = torch.autograd.grad(log_p, list(copied.parameters()))
             for name, gradient in zip(sums, gradients, strict=True):
                 sums[name] += log_p.exp().detach() * gradient**2
+    return sums
+
+
+def gauss_newton_diagonal(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: Callable[[Tensor, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """Return Σ_n diag(JᵀHJ): J the Jacobian of an example's outputs, H the loss's Hessian in them.
+
+    Args:
+        model: In float64 and eval mode; not changed.
+        inputs: One row per example.
+        targets: One per example.
+        loss: The mean over a batch, of outputs and targets.
+    """
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    sums = {name: torch.zeros_like(p) for name, p in parameters.items()}
+    for row, target in zip(inputs, targets, strict=True):
+
+        def outputs(values: dict[str, Tensor], row: Tensor = row) -> Tensor:
+            return torch.func.functional_call(model, values, (row[None],))[0]
+
+        def loss_of(z: Tensor, target: Tensor = target) -> Tensor:
+            return loss(z[None], target[None])
+
+        z = outputs(parameters).detach()
+        hessian = torch.func.hessian(loss_of)(z)
+        for name, jacobian in torch.func.jacrev(outputs)(parameters).items():
+            sums[name] += torch.einsum("o...,op,p...->...", jacobian, hessian, jacobian)
     return sums

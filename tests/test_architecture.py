@@ -13,7 +13,7 @@ ROOT = Path(lit_merge.__file__).parent
 LAYERS = (
     ("errors", "output", "strict_json"),
     ("heads", "checkpoint"),
-    ("parameters", "expert", "curvature", "methods", "correction", "distributed"),
+    ("parameters", "expert", "curvature", "methods", "correction", "distributed", "sharding"),
     ("streaming", "passes", "tasks"),
     ("callbacks", "merged", "curvature_pass"),
     ("module", "checkpoint_curvature"),

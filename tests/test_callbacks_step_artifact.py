@@ -103,19 +103,19 @@ def test_missing_sums_are_said_aloud_and_counting_begins_again(tmp_path) -> None
 
 
 def test_sums_are_found_beside_the_checkpoint_of_their_run_only(tmp_path) -> None:
-    shapes = {"w": torch.Size([2])}
+    parameters = {"w": torch.zeros(2)}
     save_sums(tmp_path / "a.safetensors", {"0.w": torch.ones(2)}, run="one")
     (tmp_path / "other").mkdir()
     save_sums(tmp_path / "other" / "a.safetensors", {"0.w": torch.zeros(2)}, run="two")
     folders = [tmp_path, tmp_path / "other"]
-    found = load_sums("a.safetensors", folders, run="two", shapes=shapes)
+    found = load_sums("a.safetensors", folders, run="two", parameters=parameters)
     assert found is not None
     assert found["0.w"].tolist() == [0, 0]
-    assert load_sums("a.safetensors", folders, run="three", shapes=shapes) is None
-    assert load_sums("b.safetensors", folders, run="one", shapes=shapes) is None
+    assert load_sums("a.safetensors", folders, run="three", parameters=parameters) is None
+    assert load_sums("b.safetensors", folders, run="one", parameters=parameters) is None
 
 
 def test_sums_of_another_model_are_refused(tmp_path) -> None:
     save_sums(tmp_path / "a.safetensors", {"0.w": torch.ones(2)}, run="one")
     with pytest.raises(InputError, match=r"a\.safetensors: must hold sums of the module's"):
-        load_sums("a.safetensors", [tmp_path], run="one", shapes={"w": torch.Size([3])})
+        load_sums("a.safetensors", [tmp_path], run="one", parameters={"w": torch.zeros(3)})

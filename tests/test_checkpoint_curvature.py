@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from lit_merge.checkpoint import load_into, open_checkpoint, save_tensors
 from lit_merge.checkpoint_curvature import curvature_of_checkpoint
-from lit_merge.curvature import diagonal_hessian
+from lit_merge.curvature import CurvatureWarning, diagonal_hessian
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo, open_expert, write_expert
 from tests.tiny_fits import (
@@ -94,7 +94,8 @@ def test_a_checkpoint_of_any_fit_becomes_an_expert(tmp_path, run, labels: Any) -
 
 
 def test_parameters_and_examples_can_be_chosen(tmp_path, run) -> None:
-    folder = measure(tmp_path, run, parameters=["*.head.*"], max_examples=10)
+    with pytest.warns(CurvatureWarning, match=r"poor estimate.*Take .*: max_examples=27"):
+        folder = measure(tmp_path, run, parameters=["*.head.*"], max_examples=10)
     assert sorted(hessian_in(folder)) == ["model.head.bias", "model.head.weight"]
     info = open_expert(folder).info
     assert (info.num_examples, info.details["curvature"]["num_seen"]) == (NUM_EXAMPLES, 10)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -195,11 +196,20 @@ def test_fit_leaves_nothing_in_the_working_folder(
     assert (run.root / "elsewhere" / "config.yaml").is_file()
 
 
-def test_curvature_of_a_checkpoint_is_what_the_callback_gathers(run: Run) -> None:
-    config = run.fit("a")
-    config["trainer"] = run.trainer()
-    config |= {"checkpoint": run.checkpoint("a"), "output": str(run.root / "again"), "task": "a"}
-    assert run("curvature", config) == 0
+def curvature(run: Run, output: str) -> dict[str, Any]:
+    """Return the configuration of a pass over the checkpoint of expert a."""
+    config = {**run.fit("a"), "trainer": run.trainer(), "checkpoint": run.checkpoint("a")}
+    return {**config, "output": str(run.root / output), "task": "a"}
+
+
+def test_curvature_of_a_checkpoint_is_what_the_callback_gathers(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("curvature", curvature(run, "again")) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"^curvature: relative error [\d.]+ %, rank correlation 0\.\d\d", printed, re.M
+    )
     with (
         open_checkpoint(run.root / "again" / "hessian.safetensors") as found,
         open_checkpoint(run.root / "runs/a/expert/hessian.safetensors") as expected,
@@ -207,6 +217,24 @@ def test_curvature_of_a_checkpoint_is_what_the_callback_gathers(run: Run) -> Non
         assert set(found) == set(expected)
         for name in found:
             torch.testing.assert_close(found.tensor(name), expected.tensor(name))
+
+
+def test_curvature_takes_the_options_of_a_pass(run: Run) -> None:
+    config = curvature(run, "hessian")
+    options = ["--estimator", "hutchinson", "--samples", "2", "--save_every", "null"]
+    assert run("curvature", config, *options) == 0
+    info = open_expert(run.root / "hessian").info
+    assert (info.estimator, info.labels) == ("hutchinson", "observed")
+    assert info.details["curvature"]["samples"] == 2
+
+
+def test_curvature_options_that_do_not_go_together_are_an_error(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = curvature(run, "never")
+    assert run("curvature", config, "--labels", "expected", "--samples", "2") == 2
+    assert 'samples: must be 1 without labels "sampled"; got 2' in error_of(capsys)
+    assert not (run.root / "never").exists()
 
 
 def test_merge_prints_what_it_did(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

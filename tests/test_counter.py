@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_merge.curvature.counter import normals, uniforms
-from tests.references import splitmix_uniform
+from lit_merge.curvature.counter import combined, normals, signs, uniforms
+from tests.references import splitmix_set, splitmix_signs, splitmix_uniform
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize(("seed", "stream"), [(0, 0), (-3, 1), (2**70, 5)])
@@ -46,3 +48,22 @@ def test_normal_numbers_have_mean_zero_and_variance_one() -> None:
     assert z.isfinite().all()
     assert z.mean().item() == pytest.approx(0, abs=0.01)
     assert z.var().item() == pytest.approx(1, rel=0.02)
+
+
+@pytest.mark.parametrize("count", [0, 1, 63, 64, 65, 200])
+def test_signs_are_the_bits_of_the_hashes(count: int) -> None:
+    for seed, stream, index in ((0, 0, 0), (-3, 1, 2**63 + 5)):
+        expected = splitmix_signs(seed, stream, index, count)
+        assert signs(seed, stream, index, count, CPU).tolist() == expected
+
+
+def test_signs_are_fair_and_independent() -> None:
+    rows = torch.stack([signs(0, s, i, 20_000, CPU) for s in range(3) for i in range(3)]).double()
+    correlation = rows @ rows.T / 20_000
+    assert (rows.mean(1).abs() < 5 / 20_000**0.5).all()
+    assert ((correlation - torch.eye(9)).abs() < 5 / 20_000**0.5).all()
+
+
+def test_a_set_has_one_number_whatever_its_order() -> None:
+    assert combined([3, 1, 2**70]) == combined([2**70, 3, 1]) == splitmix_set([1, 3, 2**70])
+    assert len({combined(numbers) for numbers in ([], [0], [0, 0], [1], [0, 1], [2])}) == 6

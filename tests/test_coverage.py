@@ -1,4 +1,4 @@
-"""Which parameters are wanted, and what is known of them beforehand."""
+"""Which parameters are wanted, and which way each is computed."""
 
 from __future__ import annotations
 
@@ -6,21 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lit_merge.curvature.coverage import (
-    Coverage,
-    owners_of,
-    supported_coverage,
-    wanted_parameters,
-)
+from lit_merge.curvature.coverage import Coverage, wanted_parameters
 from lit_merge.errors import InputError
 
 
 def model() -> nn.Sequential:
     return nn.Sequential(nn.Linear(2, 3), nn.LayerNorm(3), nn.PReLU())
-
-
-def first_coverage(net: nn.Module) -> Coverage:
-    return supported_coverage(owners_of(net, wanted_parameters(net, None)))
 
 
 def test_all_trainable_parameters_are_wanted_once() -> None:
@@ -30,42 +21,13 @@ def test_all_trainable_parameters_are_wanted_once() -> None:
     assert list(wanted_parameters(net, None)) == ["0.weight", "1.bias"]
 
 
-def test_a_shared_parameter_has_several_owners() -> None:
-    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    net[1].weight = net[0].weight
-    owners = owners_of(net, wanted_parameters(net, ["0.weight"]))
-    assert owners == {"0.weight": ((net[0], "weight"), (net[1], "weight"))}
-
-
 def test_every_parameter_is_computed_one_way() -> None:
-    net = model()
-    coverage = first_coverage(net)
-    linear_and_norm = {"0.weight", "0.bias", "1.weight", "1.bias"}
-    assert coverage.at_once == linear_and_norm
-    assert set(coverage.one_by_one) == {"2.weight"}
-    moved = coverage.moved({"0.bias": "a reason"})
-    assert moved.at_once == linear_and_norm - {"0.bias"}
-    assert moved.one_by_one["0.bias"] == "a reason"
-    copied = moved.with_copies(["2.weight"], 1)
-    assert (copied.layouts, set(copied.one_by_one)) == ({"2.weight": 1}, {"0.bias"})
-    resting = copied.resting({"1.weight", "2.weight"})
-    assert resting.unused == {"1.weight", "2.weight"}
-    assert resting.at_once == {"0.weight", "1.bias"}
-    site = next(site for site in coverage.sites if site.bias == "0.bias")
-    assert resting.with_site(site).at_once == {"0.weight", "0.bias", "1.bias"}
-    assert not resting.with_site(site).one_by_one
-
-
-def test_other_parameters_of_a_supported_module_are_not_taken_for_its_weight() -> None:
-    net = nn.Sequential(nn.Linear(2, 2))
-    net[0].register_parameter("scale", nn.Parameter(torch.ones(2)))
-    assert set(first_coverage(net).one_by_one) == {"0.scale"}
-
-
-def test_an_embedding_tied_to_a_head_is_computed_at_once() -> None:
-    net = nn.Sequential(nn.Embedding(5, 2), nn.Linear(2, 5, bias=False))
-    net[1].weight = net[0].weight
-    assert first_coverage(net).at_once == {"0.weight"}
+    coverage = Coverage(frozenset({"a", "b"}), {"c": "why c"}, frozenset({"d", "e"}))
+    moved = coverage.moved({"b": "why b", "d": "why d"})
+    assert moved.at_once == {"a"}
+    assert moved.one_by_one == {"b": "why b", "c": "why c", "d": "why d"}
+    assert moved.unused == {"e"}
+    assert coverage.at_once == {"a", "b"}
 
 
 def test_a_model_without_trainable_parameters_is_refused() -> None:
@@ -94,4 +56,10 @@ def test_a_parameter_made_in_inference_mode_is_refused_by_name() -> None:
     with torch.inference_mode():
         net = nn.Linear(2, 2)
     with pytest.raises(InputError, match=r"weight: .* got one made in inference mode"):
+        wanted_parameters(net, None)
+
+
+def test_a_complex_parameter_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Linear(2, 2, dtype=torch.complex64))
+    with pytest.raises(InputError, match=r"0\.weight: must be real; got torch\.complex64"):
         wanted_parameters(net, None)

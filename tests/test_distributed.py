@@ -147,7 +147,7 @@ def test_no_other_module_names_process_groups() -> None:
     guilty = [
         file.name
         for file in files
-        if file.name != "distributed.py"
+        if file.name not in ("distributed.py", "sharding.py")
         and any(word in file.read_text() for word in ("torch.distributed", "DTensor"))
     ]
     assert guilty == []

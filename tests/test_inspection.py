@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from lit_merge.checkpoint import fingerprint, save_tensors
@@ -14,6 +16,7 @@ from lit_merge.inspection import inspect_path
 from lit_merge.merged.folder import CorrectionRecord, write_corrected
 from lit_merge.methods import GradientMatching
 from lit_merge.streaming import merge
+from lit_merge.terminal import print_inspection
 
 
 def weights(seed: int = 0) -> dict[str, Tensor]:
@@ -89,6 +92,37 @@ def test_progress_ends_at_the_size_of_the_hessian(expert: Path) -> None:
     seen: list[tuple[int, int]] = []
     inspect_path(expert, advance=lambda done, total: seen.append((done, total)))
     assert seen[-1] == (18 * 4, 18 * 4)
+
+
+QUALITY = {
+    "num_examples": [5, 5],
+    "relative_error": 0.125,
+    "rank_correlation": None,
+    "worst": {"head.weight": {"relative_error": 0.5, "rank_correlation": 0.1}},
+}
+
+
+def test_the_quality_of_the_estimate_is_shown_in_words(tmp_path: Path) -> None:
+    info = ExpertInfo(details={"curvature": {"seed": 3, "quality": QUALITY}})
+    write_expert(tmp_path / "expert", weights=weights(), info=info, hessian=HESSIAN)
+    found = inspect_path(tmp_path / "expert")
+    assert found.curvature is not None
+    assert found.curvature.quality == QUALITY
+    assert found.facts["details"]["curvature"] == {"seed": 3}  # it stands with the curvature only
+    stream = io.StringIO()
+    print_inspection(found, console=Console(file=stream, width=80))
+    assert "quality       relative error 12 % (by halves of 5 and 5 examples)" in stream.getvalue()
+    assert "least sure    head.weight 50.0 %" in stream.getvalue()
+
+
+@pytest.mark.parametrize("quality", [3, {"relative_error": 1.0}, None])
+def test_a_quality_of_another_form_is_shown_as_it_is(tmp_path: Path, quality: object) -> None:
+    info = ExpertInfo(details={"curvature": {"quality": quality}})
+    write_expert(tmp_path / "expert", weights=weights(), info=info, hessian=HESSIAN)
+    found = inspect_path(tmp_path / "expert")
+    assert found.curvature is not None
+    assert found.curvature.quality is None
+    assert found.facts["details"]["curvature"] == {"quality": quality}
 
 
 def test_bare_checkpoint_is_no_expert(tmp_path: Path) -> None:

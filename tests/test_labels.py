@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_merge.curvature import PerExampleFisher, diagonal_hessian
+from lit_merge.curvature import CurvatureWarning, PerExampleFisher, diagonal_hessian
 from lit_merge.curvature.labels import SampledLabels, inverse_cdf
 from lit_merge.errors import InputError
 from tests.references import (
@@ -250,6 +251,73 @@ class TestExpectations:
         )
         exact = softmax_fisher_by_enumeration(model, x, 3)
         assert not torch.allclose(observed["weight"], exact["weight"], rtol=0.2)
+
+
+class TestSeveralSamples:
+    def sums(self, samples: int, *, seed: int = 3) -> dict[str, Tensor]:
+        batch = (normal(6, 4), torch.zeros(6).long())
+        return diagonal_hessian(
+            linear(),
+            [batch],
+            lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+            samples=samples,
+            seed=seed,
+        )
+
+    def test_the_sums_are_the_mean_over_the_draws(self) -> None:
+        model, x = linear(), normal(6, 4)
+        draws = []
+        for draw in range(3):
+            labels = [
+                class_by_inverse_cdf(row, splitmix_uniform(3, draw << 32, i, 0))
+                for i, row in enumerate(model(x).tolist())
+            ]
+            draws.append(
+                squared_gradients_by_loop(
+                    model,
+                    [(x, torch.tensor(labels))],
+                    lambda m, b: F.cross_entropy(m(b[0]), b[1]),
+                )
+            )
+        for name, got in self.sums(3).items():
+            mean = sum(squares[name] for squares in draws) / 3
+            torch.testing.assert_close(got, mean, rtol=1e-10, atol=0)
+
+    def test_what_is_computed_one_by_one_gets_the_same_draws(self) -> None:
+        class Scaled(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer = linear()
+
+            def forward(self, x: Tensor) -> Tensor:
+                return F.linear(x, 1 * self.layer.weight, self.layer.bias)
+
+        batch = (normal(6, 4), torch.zeros(6).long())
+        estimator = PerExampleFisher(
+            Scaled(), lambda m, b: F.cross_entropy(m(b[0]), b[1]), samples=3, seed=3
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", CurvatureWarning)
+            estimator.update(batch)
+        for name, got in self.sums(3).items():
+            torch.testing.assert_close(estimator.sums()[f"layer.{name}"], got)
+
+    def test_many_tend_to_the_expectation(self) -> None:
+        exact = softmax_fisher_by_enumeration(linear(), normal(6, 4), 3)
+        errors = [
+            sum(
+                float((self.sums(k, seed=s)[n] - exact[n]).abs().sum())
+                for n in exact
+                for s in (0, 1)
+            )
+            for k in (1, 150)
+        ]
+        assert errors[1] < errors[0] / 5  # 1/12 in expectation
+
+    @pytest.mark.parametrize(("samples", "labels"), [(0, "sampled"), (2, "observed")])
+    def test_a_number_that_makes_no_sense_is_refused(self, samples: int, labels: Any) -> None:
+        with pytest.raises(InputError, match=f"samples: must be at least 1.*got {samples} with"):
+            PerExampleFisher(linear(), F.cross_entropy, samples=samples, labels=labels)
 
 
 class TestInverseCdf:

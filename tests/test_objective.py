@@ -68,7 +68,7 @@ def test_a_loss_whose_labels_cannot_be_sampled_is_refused() -> None:
 
 
 def test_an_unknown_kind_of_labels_is_refused() -> None:
-    with pytest.raises(InputError, match='labels: must be "sampled" or "observed"; got \'true\''):
+    with pytest.raises(InputError, match=r"labels: must be .* \"expected\"; got 'true'"):
         objective(torch.ones(()), "true")
 
 
@@ -84,3 +84,36 @@ def test_logits_of_nan_are_named_as_such_with_sampled_labels() -> None:
     )
     with pytest.raises(InputError, match="loss: must be finite; got nan"):
         objective(batch, range(5))
+
+
+def outputs_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"labels": "observed"}, 1),
+        ({"labels": "sampled"}, 1),
+        ({"labels": "sampled", "samples": 3}, 3),
+        ({"labels": "expected"}, 4),  # the classes
+    ],
+)
+def test_there_is_a_round_for_every_draw_or_output(settings: Any, count: int) -> None:
+    torch.manual_seed(0)
+    first = Objective(nn.Linear(3, 4), outputs_loss, seed=0, **settings)
+    batch = (torch.randn(5, 3), torch.zeros(5, dtype=torch.int64))
+    values = [objective(batch, range(5)).item() for objective in first.rounds()]
+    assert len(values) == len(set(values)) == count
+    assert values[0] == first(batch, range(5)).item()
+
+
+def test_the_mean_over_examples_is_told_from_other_losses() -> None:
+    def total(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+    batch = (torch.eye(3), torch.arange(3))
+    settings: Any = {"labels": "observed", "seed": 0}
+    Objective(nn.Linear(3, 4), outputs_loss, **settings).require_mean(batch, range(3))
+    with pytest.raises(InputError, match=r"must be the mean .* for 3 examples .* a sum instead of"):
+        Objective(nn.Linear(3, 4), total, **settings).require_mean(batch, range(3))

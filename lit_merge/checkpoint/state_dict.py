@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 
 import torch
@@ -123,6 +123,7 @@ def load_into(
     checkpoint: Checkpoint | Mapping[str, Tensor],
     *,
     ignore: Collection[str] = (),
+    copy: Callable[[Tensor, Tensor], object] = Tensor.copy_,
 ) -> None:
     """Copy a checkpoint into the parameters and buffers of a module, all of them or none.
 
@@ -134,6 +135,8 @@ def load_into(
         checkpoint: The source.
         ignore: Patterns (``head.*``) of names to leave as they are in the module, whatever the
             checkpoint holds for them.
+        copy: Called with each target and what it is to hold; for sharded modules
+            :func:`~lit_merge.sharding.copy_into`.
 
     Raises:
         InputError: Before anything is copied, if names or shapes do not correspond.
@@ -177,7 +180,7 @@ def load_into(
         )
     with torch.no_grad():
         for name in filled.values():
-            targets[name].copy_(source.tensor(name))
+            copy(targets[name], source.tensor(name))
 
 
 def _require_fit(source: Checkpoint, name: str, target: Tensor, model: str) -> None:

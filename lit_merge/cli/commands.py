@@ -83,14 +83,19 @@ COMMANDS: tuple[Command, ...] = (
         function="lit_merge.cli.curvature:main",
         usage="--config FILE [options]",
         text="One pass over the training data that writes an expert folder: the weights and the "
-        "diagonal of their Hessian.",
+        "diagonal of their Hessian. A pass that was stopped goes on where it was when the command "
+        "is repeated.",
         options=(
             _CONFIG,
             ("--model CLASS", "the LightningModule whose training_step is the loss"),
             ("--data CLASS", "the data module with the training data"),
             ("--checkpoint PATH", "the weights: checkpoint file, Hugging Face or expert folder"),
             ("--output FOLDER", "the expert folder to write"),
+            ("--max_examples N", "a random subset of so many examples"),
+            ("--estimator NAME", "exact (the Fisher information) or hutchinson (the Hessian)"),
+            ("--labels NAME", "sampled, expected (over all classes) or observed"),
             _TRAINER,
+            _REPLACE,
         ),
         example="lit-merge curvature --config configs/curvature.yaml",
     ),

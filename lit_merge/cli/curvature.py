@@ -10,6 +10,8 @@ from lightning.pytorch import LightningDataModule, LightningModule
 from lit_merge.checkpoint_curvature import curvature_of_checkpoint
 from lit_merge.cli.parsing import add_switch, instantiate, parse
 from lit_merge.cli.training import make_trainer, quiet, training_parser
+from lit_merge.curvature.quality import in_words
+from lit_merge.expert.info import read_info
 
 TRAINER = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False}
 """The command's own defaults for the Trainer: it leaves nothing behind but the expert folder."""
@@ -35,8 +37,7 @@ def main(argv: Sequence[str]) -> int:
     """Run ``lit-merge curvature``.
 
     Raises:
-        InputError: As :func:`lit_merge.checkpoint_curvature.curvature_of_checkpoint`, and
-        for a
+        InputError: As :func:`lit_merge.checkpoint_curvature.curvature_of_checkpoint`, and for a
             configuration that does not fit.
     """
     quiet()
@@ -46,8 +47,9 @@ def main(argv: Sequence[str]) -> int:
     settings = {
         name: options[name]
         for name in (
-            *("checkpoint", "output", "weights", "labels", "max_examples", "parameters", "sites"),
-            *("max_activation_examples", "batch_size", "task", "replace"),
+            *("checkpoint", "output", "weights", "estimator", "labels", "samples", "reduction"),
+            *("max_examples", "parameters", "sites", "max_activation_examples", "batch_size"),
+            *("task", "save_every", "replace"),
         )
     }
     path = curvature_of_checkpoint(
@@ -55,4 +57,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if trainer.is_global_zero:
         print(f"expert: {path}")
+        quality = read_info(path / "expert.json").details["curvature"].get("quality")
+        if quality is not None:
+            print(f"curvature: {in_words(quality)}")
     return 0

@@ -13,15 +13,55 @@ are alike: an average along the end of the path, not at the final weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from lit_merge.curvature.estimator import widen
+from lit_merge.curvature.estimator import CurvatureEstimator, require_count, widen
 from lit_merge.errors import InputError
+
+
+class AdamSecondMoment(CurvatureEstimator):
+    """The sums of :func:`adam_second_moment` of an optimizer, at the time they are asked for."""
+
+    name: ClassVar[str] = "adam"
+    exact: ClassVar[bool] = False
+    additive: ClassVar[bool] = False
+    non_negative: ClassVar[bool] = True
+    sharded: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        names: Mapping[Parameter, str],
+        *,
+        num_examples: int,
+        batch_size: int,
+    ) -> None:
+        """Bind an optimizer; the arguments are those of :func:`adam_second_moment`."""
+        require_count("num_examples", num_examples)
+        require_count("batch_size", batch_size)
+        self._optimizer = optimizer
+        self._names = names
+        self._num_examples = num_examples
+        self._batch_size = batch_size
+
+    @property
+    def num_examples(self) -> int:
+        """N, examples in the training set."""
+        return self._num_examples
+
+    def sums(self) -> dict[str, Tensor]:
+        """Return the estimate of the sums over the examples, by parameter name."""
+        return adam_second_moment(
+            self._optimizer,
+            self._names,
+            num_examples=self._num_examples,
+            batch_size=self._batch_size,
+        )
 
 
 @torch.no_grad()
@@ -52,15 +92,15 @@ def adam_second_moment(
             parameter.
 
     Note:
-        The moment is of the gradients that the optimizer saw: after clipping, and with the weight
-        decay of plain Adam (not AdamW) in them. With ``amsgrad`` it is still the running mean, not
-        its maximum, that is used.
+        The moment is of the gradients that the optimizer saw: with the weight decay of plain Adam
+        (not AdamW) in them, and after clipping. A step whose gradient was clipped from the norm c·κ
+        to the norm κ enters with 1/c² of its square, which cannot be undone, because the moment
+        does not keep the norms: where most steps were clipped the numbers are too small, and those
+        of the steps with the largest gradients the most. With ``amsgrad`` it is still the running
+        mean, not its maximum, that is used.
     """
-    for name, value in (("num_examples", num_examples), ("batch_size", batch_size)):
-        if value < 1:
-            raise InputError(
-                f"{name}: must be at least 1; got {value}. Give the number of examples."
-            )
+    require_count("num_examples", num_examples)
+    require_count("batch_size", batch_size)
     result = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:

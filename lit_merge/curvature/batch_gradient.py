@@ -12,17 +12,21 @@ Squaring without the factor is too small by B². Summed over an epoch of N/B ste
 the mean of the squared step gradients, the same factor as for Adam's second moment.
 
 B counts all examples in a step: micro-batch × accumulation × ranks.
+
+A step is checked as a whole before any of it is added, because sums that a NaN was added to cannot
+be put right again. An update therefore reads the gradients twice and the sums once, at the speed of
+the memory, and costs nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lit_merge.curvature.estimator import CurvatureEstimator, widen
+from lit_merge.curvature.estimator import CurvatureEstimator, require_count, widen
 from lit_merge.errors import InputError
 
 
@@ -31,9 +35,18 @@ class SquaredBatchGradient(CurvatureEstimator):
 
     name: ClassVar[str] = "squared-batch-gradient"
     exact: ClassVar[bool] = False
+    additive: ClassVar[bool] = True
+    non_negative: ClassVar[bool] = True
     sharded: ClassVar[bool] = True
 
-    def __init__(self) -> None:
+    def __init__(self, *, agree: Callable[[bool], bool] = bool) -> None:
+        """Begin at zero.
+
+        Args:
+            agree: Makes of "my gradients are finite" whether all ranks' are, where each is given
+                its own shards of them; the default is for gradients that all ranks have alike.
+        """
+        self._agree = agree
         self._totals: dict[str, Tensor] = {}
         self._examples: dict[str, int] = {}
         self._skipped_steps = 0
@@ -66,18 +79,14 @@ class SquaredBatchGradient(CurvatureEstimator):
         Raises:
             InputError: There are no gradients, or ``num_examples`` is not positive.
         """
-        if num_examples < 1:
-            raise InputError(
-                f"num_examples: must be at least 1; got {num_examples}. Give the number of "
-                "examples of the step: micro-batch × accumulation × ranks."
-            )
+        require_count("num_examples", num_examples)
         if not gradients:
             raise InputError(
                 "gradients: must hold the gradient of at least one parameter; got none. Call it "
                 "after the backward."
             )
         wide = [widen(gradient.detach()) for gradient in gradients.values()]
-        if not _all_finite(wide):
+        if not self._agree(_all_finite(wide)):
             self._skipped_steps += 1
             return
         for name, gradient in zip(gradients, wide, strict=True):
@@ -108,12 +117,8 @@ class SquaredBatchGradient(CurvatureEstimator):
 
 def _all_finite(tensors: list[Tensor]) -> bool:
     """Whether all entries on all shards are finite: one pass, one number to wait for."""
-    norms = torch._foreach_norm(tensors)
-    whole = [n.full_tensor() if hasattr(n, "full_tensor") else n for n in norms]
-    devices = {norm.device for norm in whole}
-    return all(
-        bool(
-            torch.stack([norm.double() for norm in whole if norm.device == device]).isfinite().all()
-        )
-        for device in devices
-    )
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for norm in torch._foreach_norm(tensors):
+        whole = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        alike.setdefault((whole.device, whole.dtype), []).append(whole)
+    return all(bool(torch.stack(norms).isfinite().all()) for norms in alike.values())

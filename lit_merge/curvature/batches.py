@@ -25,7 +25,9 @@ def batch_size_of(batch: Any) -> int:
     Raises:
         InputError: No tensor tells the number, or two tensors disagree.
     """
-    sizes = {path: tensor.shape[0] for path, tensor in _tensors(batch, "batch") if tensor.dim() > 0}
+    sizes = {
+        path: tensor.shape[0] for path, tensor in tensors_in(batch, "batch") if tensor.dim() > 0
+    }
     if not sizes:
         raise InputError(
             "batch: must hold tensors whose first dimension counts the examples; got "
@@ -82,7 +84,7 @@ def unlike_pair(batch: Any) -> tuple[int, ...]:
     """
     size = batch_size_of(batch)
     changes = torch.zeros(size)
-    for _, tensor in _tensors(batch, "batch"):
+    for _, tensor in tensors_in(batch, "batch"):
         if tensor.dim() >= 2 and not tensor.is_floating_point() and not tensor.is_complex():
             rows = tensor.reshape(size, -1)
             changes += (rows[:, 1:] != rows[:, :-1]).sum(1).cpu()
@@ -98,19 +100,20 @@ def outside_inference(batch: Any) -> Any:
 
     Must be called outside of inference mode.
     """
-    if not any(tensor.is_inference() for _, tensor in _tensors(batch, "batch")):
+    if not any(tensor.is_inference() for _, tensor in tensors_in(batch, "batch")):
         return batch
     return _rebuilt(batch, lambda t: t.clone() if t.is_inference() else t, lambda entries: entries)
 
 
-def _tensors(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+def tensors_in(value: Any, path: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in a nest of containers, each with the path that leads to it."""
     if isinstance(value, Tensor):
         yield path, value
         return
     children = _children(value)
     if children is not None:
         for key, child in children:
-            yield from _tensors(child, f"{path}[{key!r}]")
+            yield from tensors_in(child, f"{path}[{key!r}]")
 
 
 def _children(value: Any) -> list[tuple[Any, Any]] | None:
@@ -140,7 +143,7 @@ def _rebuilt(
             result[key] = child
         return result
     if isinstance(value, (list, tuple)):
-        if next(_tensors(value, ""), None) is None:
+        if next(tensors_in(value, ""), None) is None:
             shared = any(entry is None or isinstance(entry, (int, float)) for entry in value)
             children = list(value if shared else entries(value))
         else:

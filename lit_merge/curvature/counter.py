@@ -8,7 +8,7 @@ batch, in which order or on which rank an example is seen. The hash is the final
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ def uniforms(seed: int, stream: int, indices: Sequence[int], count: int) -> Tens
     Returns:
         [len(indices), count], float64, on the CPU.
     """
-    key = _mix_int((_mix_int(seed * _GOLDEN) + (stream + 1) * _GOLDEN) & _MASK)
+    key = _key(seed, stream)
     examples = torch.tensor([_signed(_mix_int(key + (i + 1) * _GOLDEN)) for i in indices])
     positions = torch.arange(1, count + 1, dtype=torch.int64) * _signed(_GOLDEN)
     bits = _mix(examples.to(torch.int64)[:, None] + positions)
@@ -40,6 +40,35 @@ def uniforms(seed: int, stream: int, indices: Sequence[int], count: int) -> Tens
 def normals(seed: int, stream: int, indices: Sequence[int], count: int) -> Tensor:
     """Return standard normal numbers; arguments and result as for :func:`uniforms`."""
     return math.sqrt(2.0) * torch.erfinv(2 * uniforms(seed, stream, indices, count) - 1)
+
+
+def signs(seed: int, stream: int, index: int, count: int, device: torch.device) -> Tensor:
+    """Return Rademacher numbers, −1 and 1 with equal probability: [count], int8.
+
+    Args:
+        seed: Any integer.
+        stream: Which of several sequences per index.
+        index: What the sequence belongs to.
+        count: How many numbers; the first ones do not depend on it.
+        device: Where to make them; the numbers are the same everywhere.
+    """
+    key = _mix_int(_key(seed, stream) + (index + 1) * _GOLDEN)
+    positions = torch.arange(1, -(-count // 64) + 1, dtype=torch.int64, device=device)
+    words = _mix(positions * _signed(_GOLDEN) + _signed(key)).view(torch.uint8)
+    bits = words[:, None] >> torch.arange(8, dtype=torch.uint8, device=device) & 1
+    return bits.flatten()[:count].to(torch.int8) * 2 - 1
+
+
+def combined(numbers: Iterable[int]) -> int:
+    """Return one number for a set of numbers, whatever their order."""
+    key = 0
+    for number in sorted(numbers):
+        key = _mix_int(key * _GOLDEN + number + 1)
+    return key
+
+
+def _key(seed: int, stream: int) -> int:
+    return _mix_int((_mix_int(seed * _GOLDEN) + (stream + 1) * _GOLDEN) & _MASK)
 
 
 def _mix(z: Tensor) -> Tensor:

@@ -33,7 +33,7 @@ def differentiation(model: nn.Module) -> Iterator[None]:
             torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled()
         )
         torch.backends.mha.set_fastpath_enabled(False)
-        if any(_is_compiled(module) for module, _ in modes):
+        if any(is_compiled(module) for module, _ in modes):
             stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             model.eval()
@@ -41,10 +41,25 @@ def differentiation(model: nn.Module) -> Iterator[None]:
                 parameter.requires_grad_(False)
             yield
         finally:
+            drop_caches(model)
             for parameter, required in frozen:
                 parameter.requires_grad_(required)
             for module, mode in modes:
                 module.training = mode
+
+
+def drop_caches(model: nn.Module) -> None:
+    """Let modules forget what they keep in eval mode to compute it only once.
+
+    Some compute a table from their parameters (the attention biases of LeViT) and keep it, with the
+    graph of an earlier forward or with none. By convention a change to training mode ends that.
+
+    Args:
+        model: In eval mode, now and afterwards.
+    """
+    if any(type(module).train is not nn.Module.train for module in model.modules()):
+        model.train()
+        model.eval()
 
 
 @contextmanager
@@ -73,5 +88,6 @@ def _random_numbers_kept(devices: Iterable[torch.device]) -> Iterator[None]:
             torch.cuda.set_rng_state(cuda_state, device)
 
 
-def _is_compiled(module: nn.Module) -> bool:
+def is_compiled(module: nn.Module) -> bool:
+    """Return whether a module runs code of ``torch.compile``."""
     return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

@@ -23,32 +23,27 @@ Decisions:
   because it is per element and often a mask.
 * The targets themselves are not looked at, so they may be missing (None).
 * A loss that averages k terms within one example is taken as it is: its squared gradient is that of
-  the average.
+  the average. With ``reduction="sum"`` it is that of their sum (:mod:`lit_merge.curvature.losses`).
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from lit_merge.curvature.counter import normals, uniforms
-from lit_merge.errors import InputError
+from lit_merge.curvature.losses import CLASSES, Loss, LossInterception, Reduction
 
+_CALLS = 1 << 32  # more than the losses of one forward: where the streams of the next draw begin
 _ROWS_AT_ONCE = 1 << 24  # elements of a cumulative distribution that are held at a time
 
 
-class SampledLabels(TorchFunctionMode):
-    """Within this context the losses of ``torch.nn.functional`` see sampled targets.
-
-    Attributes:
-        calls: How many losses were intercepted.
-    """
+class SampledLabels(LossInterception):
+    """Within this context the losses of ``torch.nn.functional`` see sampled targets."""
 
     def __init__(
         self,
@@ -56,7 +51,9 @@ class SampledLabels(TorchFunctionMode):
         indices: Sequence[int],
         drawn: dict[tuple[int, int], Tensor],
         *,
+        draw: int = 0,
         temperature: float = 1.0,
+        reduction: Reduction = "loss",
     ) -> None:
         """Set up the samples of one forward.
 
@@ -66,80 +63,98 @@ class SampledLabels(TorchFunctionMode):
                 example depend on nothing else.
             drawn: Samples already drawn for a (call, example), which are used again, and to which
                 new ones are added: so a batch and its examples one by one get the same labels.
+            draw: Which of several independent draws per example.
             temperature: What the logits are divided by for drawing; above 1 the labels are less
-                likely ones than the model predicts.
+                likely ones than the model predicts, and at infinity all that are possible at all
+                are equally likely.
+            reduction: See :mod:`lit_merge.curvature.losses`.
         """
-        super().__init__()
-        self.calls = 0
+        super().__init__(len(indices), reduction)
         self._seed = seed
         self._indices = tuple(indices)
         self._drawn = drawn
+        self._first_stream = draw * _CALLS
         self._temperature = temperature
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Run a torch function, with a sampled target if it is a loss."""
-        if func not in _SIGNATURES:
-            return func(*args, **(kwargs or {}))
-        bound = _SIGNATURES[func].bind(*args, **(kwargs or {}))
-        bound.apply_defaults()
-        arguments = bound.arguments
-        with torch.no_grad():
-            self._sample(func, arguments)
-        self.calls += 1
-        return func(**arguments)
-
-    def _sample(self, func: Callable[..., Any], arguments: dict[str, Any]) -> None:
-        prediction, target = arguments["input"].detach(), arguments["target"]
-        if func in (F.cross_entropy, F.nll_loss):
-            draw = _classes(prediction / self._temperature)
-            classes = self._repeatable(_without_classes(prediction), draw)
-            if isinstance(target, Tensor) and not target.is_floating_point():
-                ignored = target == arguments["ignore_index"]
-                classes = torch.where(ignored, target, classes.view_as(target))
-            arguments |= {"target": classes, "weight": None}
-            if "label_smoothing" in arguments:
-                arguments["label_smoothing"] = 0.0
-        elif func is F.mse_loss:
-            replaced = "target"
-            if (
-                isinstance(target, Tensor)
-                and target.requires_grad > arguments["input"].requires_grad
-            ):
-                prediction, replaced = target.detach(), "input"  # it is symmetric: people swap them
-            per_example = prediction.numel() // len(self._indices)
-            mean = arguments["reduction"] == "mean"
-            deviation = (per_example / 2 if mean else 0.5) ** 0.5
-            arguments[replaced] = self._repeatable(prediction, _gaussian(prediction, deviation))
+    def substitute(self, loss: Loss, arguments: dict[str, Any]) -> None:
+        """Put samples in the place of the targets."""
+        if loss in CLASSES:
+            prediction = arguments["input"].detach()
+            draw = _classes(_tempered(prediction, self._temperature))
+            replace_classes(arguments, self._repeatable(without_classes(prediction), draw))
+        elif loss is F.mse_loss:
+            gaussian = gaussian_of(arguments, self)
+            draw = _gaussian(gaussian.mean, gaussian.deviation)
+            arguments[gaussian.target] = self._repeatable(gaussian.mean, draw)
         else:
-            logits = func is F.binary_cross_entropy_with_logits
-            scores = prediction if logits else prediction.logit()
-            draw = _bernoulli((scores / self._temperature).sigmoid())
-            arguments["target"] = self._repeatable(prediction, draw).to(prediction.dtype)
-            if logits:
-                arguments["pos_weight"] = None
+            scores = bernoulli_logits(loss, arguments)
+            draw = _bernoulli(_tempered(scores, self._temperature).sigmoid())
+            arguments["target"] = self._repeatable(scores, draw).to(scores.dtype)
 
     def _repeatable(self, like: Tensor, draw: _Draw) -> Tensor:
         """Return a target shaped like a tensor with k rows per example, drawn or drawn before."""
-        size = len(self._indices)
-        rows = len(like) if like.dim() else 1
-        if rows % size:
-            raise InputError(
-                "loss: must give torch's loss function the same number of rows for every example, "
-                f"the examples one after the other; got {rows} rows for {size} examples. "
-                'Use labels="observed", or mark rows to leave out by ignore_index.'
-            )
+        size, count = len(self._indices), self.count_of(like)
         keys = [(self.calls, index) for index in self._indices]
         if not all(key in self._drawn for key in keys):
-            count = like.numel() // size
-            new = draw(self._seed, self.calls, self._indices, count).reshape(size, count)
+            stream = self._first_stream + self.calls
+            new = draw(self._seed, stream, self._indices, count).reshape(size, count)
             self._drawn.update(zip(keys, new, strict=True))
         return torch.stack([self._drawn[key] for key in keys]).view_as(like)
+
+
+def replace_classes(arguments: dict[str, Any], classes: Tensor) -> None:
+    """Let a classification loss see these classes, plainly, where its target is not ignored.
+
+    Args:
+        arguments: Of the call; changed.
+        classes: int64, as many as the prediction has rows.
+    """
+    target = arguments["target"]
+    if isinstance(target, Tensor) and not target.is_floating_point():
+        ignored = target == arguments["ignore_index"]
+        classes = torch.where(ignored, target, classes.view_as(target))
+    arguments |= {"target": classes, "weight": None}
+    if "label_smoothing" in arguments:
+        arguments["label_smoothing"] = 0.0
+
+
+def bernoulli_logits(loss: Loss, arguments: dict[str, Any]) -> Tensor:
+    """Return the logits of a binary loss, of which ``pos_weight`` is taken away."""
+    prediction: Tensor = arguments["input"].detach()
+    if loss is F.binary_cross_entropy:
+        return prediction.logit()
+    arguments["pos_weight"] = None
+    return prediction
+
+
+class Gaussian(NamedTuple):
+    """The distribution of which a squared loss is the negative log-likelihood.
+
+    Attributes:
+        mean: The prediction.
+        deviation: The standard deviation of each element.
+        target: Which argument of the loss is the target.
+    """
+
+    mean: Tensor
+    deviation: float
+    target: str
+
+
+def gaussian_of(arguments: dict[str, Any], interception: LossInterception) -> Gaussian:
+    """Return the Gaussian distribution of the targets of a call of ``mse_loss``."""
+    prediction, target = arguments["input"], arguments["target"]
+    replaced = "target"
+    if isinstance(target, Tensor) and target.requires_grad > prediction.requires_grad:
+        prediction, replaced = target, "input"  # it is symmetric: people swap them
+    averaged = interception.reduction_of(arguments) == "mean"
+    count = interception.count_of(prediction)
+    return Gaussian(prediction.detach(), (count / 2 if averaged else 0.5) ** 0.5, replaced)
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Divide logits by a temperature; what is impossible stays so."""
+    return torch.where(logits.isneginf(), logits, logits / temperature)
 
 
 _Draw = Callable[[int, int, Sequence[int], int], Tensor]
@@ -194,18 +209,6 @@ def _gaussian(mean: Tensor, deviation: float) -> _Draw:
     return draw
 
 
-def _without_classes(prediction: Tensor) -> Tensor:
+def without_classes(prediction: Tensor) -> Tensor:
     """Return a tensor of the shape of the class labels of a prediction [N, C, …] or [C]."""
     return prediction.select(min(1, prediction.dim() - 1), 0)
-
-
-_SIGNATURES: dict[Callable[..., Any], inspect.Signature] = {
-    func: inspect.signature(func)
-    for func in (
-        F.cross_entropy,
-        F.nll_loss,
-        F.binary_cross_entropy_with_logits,
-        F.binary_cross_entropy,
-        F.mse_loss,
-    )
-}

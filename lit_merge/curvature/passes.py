@@ -12,13 +12,13 @@ from collections.abc import Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from lit_merge.curvature.backward import gradients
 from lit_merge.curvature.batches import split_batch
+from lit_merge.curvature.batches import tensors_in as tensors_of_batch
 from lit_merge.curvature.capture import Capture
-from lit_merge.curvature.copies import copied_per_example
-from lit_merge.curvature.coverage import Coverage, Owners
+from lit_merge.curvature.coverage import Coverage
 from lit_merge.curvature.differentiation import requiring_grad
 from lit_merge.curvature.estimator import widen
 from lit_merge.curvature.objective import Objective
@@ -31,12 +31,10 @@ class Problem:
     Attributes:
         objective: The mean loss of a batch.
         parameters: The wanted ones, by name.
-        owners: Where each is held.
     """
 
     objective: Objective
     parameters: Mapping[str, nn.Parameter]
-    owners: Owners
 
 
 def add_at_once(
@@ -47,7 +45,7 @@ def add_at_once(
     Args:
         problem: Loss and parameters.
         coverage: How to compute what.
-        capture: A new capture of the coverage's sites; its totals are added to. Afterwards its
+        capture: A new capture of the coverage's parameters; its totals are added to. Afterwards its
             ``failed`` tells which parameters must be computed one by one for this batch.
         batch: B examples.
         indices: [B], index of each in the data set.
@@ -55,31 +53,19 @@ def add_at_once(
     Returns:
         The mean loss.
     """
-    size = len(indices)
     watched = {name: problem.parameters[name] for name in coverage.unused}
-    with (
-        capture,
-        copied_per_example(problem.parameters, problem.owners, coverage.layouts, size) as copies,
-        requiring_grad(watched.values()),
-    ):
+    with capture, requiring_grad(watched.values()):
+        capture.mark(tensor for _, tensor in tensors_of_batch(batch, "batch"))
         loss = problem.objective(batch, indices)
         capture.end_forward()
         if not loss.requires_grad:
             return loss
         # ℓ_n, not the mean Σ_n ℓ_n / B, is what the gradients are of
-        leaves = [capture.anchor, *copies.values(), *watched.values()]
-        gradients = _gradients(loss * size, leaves)[1:]
+        found = gradients(loss * len(indices), [capture.anchor, *watched.values()])
         capture.end_backward()
-    for name, gradient in zip([*copies, *watched], gradients, strict=True):
-        if gradient is None:
-            continue
-        if name in watched:
+    for name, gradient in zip(watched, found[1:], strict=True):
+        if gradient is not None:
             capture.failed[name] = "it was not used by the examples of the probe"
-            continue
-        capture.reached.add(name)
-        capture.dtypes.add(gradient.dtype)
-        squares = widen(gradient).square().sum(0)
-        capture.totals[name] += squares.view_as(capture.totals[name])
     return loss.detach()
 
 
@@ -111,15 +97,11 @@ def add_one_by_one(
             losses.append(loss.detach())
             if not loss.requires_grad:
                 continue
-            gradients = _gradients(loss, [*chosen.values()])
-            for name, gradient in zip(chosen, gradients, strict=True):
+            found = gradients(loss, [*chosen.values()])
+            for name, gradient in zip(chosen, found, strict=True):
                 if gradient is None:
                     continue
                 reached.add(name)
                 dense = widen(gradient.to_dense() if gradient.is_sparse else gradient)
                 totals[name].addcmul_(dense, dense)
     return losses, reached
-
-
-def _gradients(loss: Tensor, leaves: list[Tensor]) -> tuple[Tensor | None, ...]:
-    return torch.autograd.grad(loss, leaves, allow_unused=True)

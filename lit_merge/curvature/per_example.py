@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +21,12 @@ from lit_merge.curvature.batches import (
     unlike_pair,
 )
 from lit_merge.curvature.capture import Capture
-from lit_merge.curvature.coverage import Coverage, owners_of, wanted_parameters
+from lit_merge.curvature.coverage import Coverage, wanted_parameters
 from lit_merge.curvature.differentiation import differentiation
-from lit_merge.curvature.estimator import CurvatureEstimator, CurvatureWarning, zeros_for
-from lit_merge.curvature.objective import Objective
+from lit_merge.curvature.estimator import CurvatureWarning, example_numbers
+from lit_merge.curvature.losses import Reduction
+from lit_merge.curvature.objective import Labels, Objective
+from lit_merge.curvature.pass_estimator import PassEstimator
 from lit_merge.curvature.passes import Problem, add_at_once, add_one_by_one
 from lit_merge.curvature.probe import ProbeReport, find_coverage
 from lit_merge.errors import InputError
@@ -31,7 +34,7 @@ from lit_merge.errors import InputError
 _NAMED = 20  # how many parameters a warning names; the probe's report names all
 
 
-class PerExampleFisher(CurvatureEstimator):
+class PerExampleFisher(PassEstimator):
     """Σ_n (∂ℓ_n/∂θ)² over the examples of the batches given to :meth:`update`.
 
     The model runs in eval mode and is left exactly as it was: training flags, requires_grad, .grad,
@@ -45,6 +48,8 @@ class PerExampleFisher(CurvatureEstimator):
 
     name: ClassVar[str] = "per-example"
     exact: ClassVar[bool] = True
+    additive: ClassVar[bool] = True
+    non_negative: ClassVar[bool] = True
     sharded: ClassVar[bool] = False
 
     def __init__(
@@ -52,7 +57,9 @@ class PerExampleFisher(CurvatureEstimator):
         model: nn.Module,
         loss: Callable[[nn.Module, Any], Tensor],
         *,
-        labels: Literal["sampled", "observed"] = "sampled",
+        labels: Labels = "sampled",
+        samples: int = 1,
+        reduction: Reduction = "loss",
         parameters: Collection[str] | None = None,
         seed: int = 0,
     ) -> None:
@@ -62,28 +69,32 @@ class PerExampleFisher(CurvatureEstimator):
             model: Any module; not wrapped by DDP, which averages gradients over ranks.
             loss: Called as ``loss(model, batch)``; returns the mean over the batch's examples.
             labels: "sampled" draws each example's label from the model's prediction, which gives
-                the Fisher information (see :mod:`lit_merge.curvature.labels`); "observed" takes
-                the labels in the batch (the empirical Fisher).
+                the Fisher information in expectation (see :mod:`lit_merge.curvature.labels`);
+                "expected" is that expectation, the diagonal of the generalised Gauss-Newton matrix,
+                at the cost of a pass per output (see :mod:`lit_merge.curvature.expected`);
+                "observed" takes the labels in the batch (the empirical Fisher).
+            samples: How many labels are drawn per example, each at the cost of a pass; the sums are
+                the mean over the draws.
+            reduction: "loss" takes the loss as it is. "mean" and "sum" make every sequence an
+                example of its own, whatever its length, by the mean or the sum of its own terms
+                (see :mod:`lit_merge.curvature.losses`); "sum" with sampled labels is the curvature
+                per token.
             parameters: Names or patterns of the parameters wanted, None for all trainable ones.
             seed: For sampled labels; the label of an example depends on it and on the example's
                 index only.
 
         Raises:
             InputError: No parameter is trainable, a name is unknown, a parameter is sharded, or
-                ``labels`` is unknown.
+                ``labels``, ``samples`` or ``reduction`` is not one of its values.
         """
-        wanted = wanted_parameters(model, parameters)
-        objective = Objective(model, loss, labels=labels, seed=seed)
-        self._problem = Problem(objective, wanted, owners_of(model, wanted))
+        wanted = self._wanted(model, parameters)
+        objective = self._objective(
+            model, loss, labels=labels, samples=samples, reduction=reduction, seed=seed
+        )
+        super().__init__(wanted)
+        self._problem = Problem(objective, wanted)
         self._coverage = Coverage()
         self._probed_with = 0
-        self._totals: dict[str, Tensor] = {}
-        self._num_examples = 0
-
-    @property
-    def num_examples(self) -> int:
-        """How many examples the sums are over."""
-        return self._num_examples
 
     def sums(self) -> dict[str, Tensor]:
         """Return a copy of the sums over the examples seen (zeros if none), by parameter name.
@@ -92,12 +103,7 @@ class PerExampleFisher(CurvatureEstimator):
             InputError: A sum is not finite.
         """
         self._allocate()
-        for name, total in self._totals.items():
-            if not total.isfinite().all():
-                raise InputError(
-                    f"{name}: must have finite squared gradients; got NaN or Inf. Look for "
-                    "divisions by zero in the model, and for overflow in half precision."
-                )
+        require_finite(self._totals)
         with torch.inference_mode(False):
             return {
                 name: total.clone(memory_format=torch.contiguous_format)
@@ -134,52 +140,66 @@ class PerExampleFisher(CurvatureEstimator):
                 :meth:`probe` raises.
         """
         size = batch_size_of(batch)
-        numbers = self._numbers(size, indices)
+        numbers = example_numbers(indices, size, self._num_examples)
         if self._probed_with < min(size, 2):
             pair = unlike_pair(batch)
             self._probe(take_examples(batch, pair), [numbers[i] for i in pair])
         self._allocate()
-        coverage, problem = self._coverage, self._problem
-        capture = Capture(coverage.sites, self._totals, size)
-        with differentiation(problem.objective.model):
+        objective = self._problem.objective
+        with differentiation(objective.model):
             batch = outside_inference(batch)
-            problem.objective.forget()
-            if coverage.at_once or coverage.unused:
-                add_at_once(problem, coverage, capture, batch, numbers)
-            rest = {*coverage.one_by_one, *capture.failed}
-            if rest:
-                add_one_by_one(problem, rest, self._totals, batch, numbers)
+            objective.forget()
+            for round_objective in objective.rounds():
+                self._add(replace(self._problem, objective=round_objective), batch, numbers)
         self._num_examples += size
+
+    def _wanted(
+        self, model: nn.Module, selection: Collection[str] | None
+    ) -> dict[str, nn.Parameter]:
+        return wanted_parameters(model, selection)
+
+    def _objective(
+        self, model: nn.Module, loss: Callable[[nn.Module, Any], Tensor], **settings: Any
+    ) -> Objective:
+        return Objective(model, loss, **settings)
+
+    def _add(self, problem: Problem, batch: Any, numbers: Sequence[int]) -> None:
+        """Add the squared gradients of one objective."""
+        coverage = self._coverage
+        at_once = {name: problem.parameters[name] for name in coverage.at_once}
+        capture = Capture(at_once, self._totals, len(numbers))
+        if coverage.at_once or coverage.unused:
+            add_at_once(problem, coverage, capture, batch, numbers)
+        rest = {*coverage.one_by_one, *capture.failed}
+        if rest:
+            add_one_by_one(problem, rest, self._totals, batch, numbers)
         if capture.failed:
             self._coverage = coverage.moved(capture.failed)
-            _warn(capture.failed)
+            warn_of_loops(capture.failed)
 
     def _probe(self, examples: Any, indices: Sequence[int]) -> ProbeReport:
-        with differentiation(self._problem.objective.model):
-            self._problem.objective.forget()
-            self._coverage, report = find_coverage(
-                self._problem, outside_inference(examples), indices
-            )
+        objective = self._problem.objective
+        with differentiation(objective.model):
+            examples = outside_inference(examples)
+            objective.forget()
+            objective.require_expectation(examples, indices)
+            self._coverage, report = find_coverage(self._problem, examples, indices)
         self._probed_with = len(indices)
-        _warn(report.one_by_one)
+        warn_of_loops(report.one_by_one)
         return report
 
-    def _numbers(self, size: int, indices: Sequence[int] | None) -> tuple[int, ...]:
-        if indices is None:
-            return tuple(range(self._num_examples, self._num_examples + size))
-        if len(indices) != size:
+
+def require_finite(sums: Mapping[str, Tensor]) -> None:
+    """Raise unless all sums are finite."""
+    for name, total in sums.items():
+        if not total.isfinite().all():
             raise InputError(
-                f"indices: must be one per example of the batch; got {len(indices)} for {size} "
-                "examples. Give the examples' indices in the data set, or None."
+                f"{name}: must have finite squared gradients; got NaN or Inf. Look for "
+                "divisions by zero in the model, and for overflow in half precision."
             )
-        return tuple(int(index) for index in indices)
-
-    def _allocate(self) -> None:
-        if not self._totals:  # not before the probe, which needs as much memory for a moment
-            self._totals = {name: zeros_for(p) for name, p in self._problem.parameters.items()}
 
 
-def _warn(reasons: Mapping[str, str]) -> None:
+def warn_of_loops(reasons: Mapping[str, str]) -> None:
     """Name the parameters that are computed one example at a time."""
     by_reason: dict[str, list[str]] = {}
     for name, reason in reasons.items():

@@ -8,20 +8,22 @@ of every parameter with those of a plain loop, and moves each parameter that dif
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from lit_merge.curvature.capture import Capture, Site, Use
-from lit_merge.curvature.copies import layouts
-from lit_merge.curvature.coverage import Coverage, supported_coverage
+from lit_merge.curvature.backward import require_seen_forward
+from lit_merge.curvature.batches import split_batch
+from lit_merge.curvature.capture import Arrival, Capture
+from lit_merge.curvature.coverage import Coverage
 from lit_merge.curvature.differentiation import requiring_grad
-from lit_merge.curvature.estimator import zeros_for
+from lit_merge.curvature.estimator import widen, zeros_for
 from lit_merge.curvature.kernels import PerExample
+from lit_merge.curvature.objective import CAUSES_OF_NO_MEAN
 from lit_merge.curvature.passes import Problem, add_at_once, add_one_by_one
 from lit_merge.errors import InputError
 
@@ -71,7 +73,10 @@ _HALF = _Tolerance(3e-2, 1e-1, 1e-1)
 
 
 def find_coverage(
-    problem: Problem, batch: Any, indices: Sequence[int]
+    problem: Problem,
+    batch: Any,
+    indices: Sequence[int],
+    make_trial: Callable[[Problem, Any, Sequence[int]], Trial] | None = None,
 ) -> tuple[Coverage, ProbeReport]:
     """Find the fastest way that is right for every parameter.
 
@@ -81,25 +86,22 @@ def find_coverage(
         problem: Loss and parameters.
         batch: Two examples, or one if there are no more.
         indices: Their indices in the data set.
+        make_trial: Makes the comparison; None for one within this process.
 
     Raises:
         InputError: The loss is not the mean over the examples, has a gradient that is not finite,
             or does not depend on the parameters.
     """
-    known = supported_coverage(problem.owners)
-    trial = _Trial(problem, batch, indices)
-    coverage = known.resting(trial.unused)
-    trial.wrong(coverage)  # for the precision of the gradients
-    trial.require_mean()
-    trial = _surer_trial(problem, coverage, batch, indices) or trial
+    with requiring_grad(problem.parameters.values()):
+        # What is wrong with the loss itself is raised as it is.
+        require_seen_forward(problem.objective(batch, indices))
+    make_trial = make_trial or Trial
+    surer = _surer_trial(problem, batch, indices, make_trial)
+    trial = surer or make_trial(problem, batch, indices)
+    coverage = trial.first_guess
     while wrong := trial.wrong(coverage):
         coverage = coverage.moved(wrong)
-    for alternatives in _alternatives(problem, known, coverage):
-        for alternative in alternatives:
-            candidate = alternative(coverage)
-            if not trial.wrong(candidate):
-                coverage = candidate
-                break
+    trial.require_mean(problem)
     names = problem.parameters
     report = ProbeReport(
         len(indices),
@@ -111,14 +113,17 @@ def find_coverage(
 
 
 def _surer_trial(
-    problem: Problem, coverage: Coverage, batch: Any, indices: Sequence[int]
-) -> _Trial | None:
+    problem: Problem,
+    batch: Any,
+    indices: Sequence[int],
+    make_trial: Callable[[Problem, Any, Sequence[int]], Trial],
+) -> Trial | None:
     """Return the trial with labels that make large gradients, if the loss takes others."""
     any_labels = replace(problem, objective=problem.objective.with_any_labels())
     try:
-        trial = _Trial(any_labels, batch, indices)
-        trial.wrong(coverage)
-        trial.require_mean()
+        trial = make_trial(any_labels, batch, indices)
+        trial.wrong(trial.first_guess)  # for the precision of the gradients
+        trial.require_mean(any_labels)
     except torch.OutOfMemoryError:
         raise
     except Exception:  # a loss that only works with its own labels is judged with those
@@ -126,26 +131,7 @@ def _surer_trial(
     return trial
 
 
-def _alternatives(
-    problem: Problem, known: Coverage, coverage: Coverage
-) -> Iterator[list[Callable[[Coverage], Coverage]]]:
-    """Yield other ways for parameters that are computed one by one, several to a group of them."""
-    for site in known.sites:
-        if site.layer.kind == "rows" and site.weight in coverage.one_by_one:
-            batchless = replace(site, bias=None, without_examples=True)
-            yield [partial(Coverage.with_site, site=batchless)]
-    groups: dict[tuple[type, str, torch.Size], list[str]] = {}
-    for name in known.one_by_one:
-        if name in coverage.one_by_one:
-            module, attribute = problem.owners[name][0]
-            key = (type(module), attribute, problem.parameters[name].shape)
-            groups.setdefault(key, []).append(name)
-    for names in groups.values():
-        guesses = layouts(problem.parameters[names[0]])
-        yield [partial(Coverage.with_copies, names=names, layout=layout) for layout in guesses]
-
-
-class _Trial:
+class Trial:
     """The examples of the probe with their true squared gradients."""
 
     def __init__(self, problem: Problem, batch: Any, indices: Sequence[int]) -> None:
@@ -153,19 +139,16 @@ class _Trial:
         self._batch = batch
         self._indices = indices
         self._dtypes = {p.dtype for p in problem.parameters.values()}
-        with requiring_grad(problem.parameters.values()):
-            self._loss = problem.objective(batch, indices).detach()
-        self._squares = {name: zeros_for(p) for name, p in problem.parameters.items()}
+        self._last: tuple[Coverage, dict[str, str]] | None = None
+        self._squares = {name: self._zeros(name) for name in problem.parameters}
         try:
-            losses, reached = add_one_by_one(
-                problem, problem.parameters, self._squares, batch, indices
-            )
+            losses, reached = self._one_by_one(self._squares)
         except (InputError, torch.OutOfMemoryError):
             raise
         except Exception as error:
             raise InputError(
                 "loss: must have derivatives on a batch of one example; got "
-                f"{type(error).__name__}: {error}. {_CAUSES}"
+                f"{type(error).__name__}: {error}. {CAUSES_OF_NO_MEAN}"
             ) from error
         self._mean = torch.stack(losses).mean()
         self._reached = reached
@@ -175,52 +158,109 @@ class _Trial:
                 "loss: must depend on the trainable parameters; got no gradient for any of them. "
                 "Look for detach() and no_grad() between the model and the loss."
             )
-        for name, squares in self._squares.items():
-            if not squares.isfinite().all():
+        self._largest = self._largest_of(self._squares)
+        for name, largest in self._largest.items():
+            if not math.isfinite(largest):
                 raise InputError(
                     f"{name}: must have a finite gradient; got NaN or Inf on the examples of the "
                     "probe. Look for divisions by zero, and for overflow in half precision."
                 )
 
-    def require_mean(self) -> None:
-        """Raise unless the loss of the examples together is the mean of their losses."""
-        if not self._is_mean(self._loss):
+    @property
+    def first_guess(self) -> Coverage:
+        """All parameters that got a gradient at once."""
+        return Coverage(frozenset(self._reached), unused=self.unused)
+
+    def require_mean(self, problem: Problem) -> None:
+        """Raise unless a loss of the examples together is the mean of their losses.
+
+        Args:
+            problem: The same, with whatever labels.
+        """
+        with requiring_grad(problem.parameters.values()):
+            together = problem.objective(self._batch, self._indices).detach()
+            parts = [
+                problem.objective(example, [index]).detach()
+                for index, example in zip(self._indices, split_batch(self._batch), strict=True)
+            ]
+        mean = torch.stack(parts).mean()
+        if not self._are_close(together, mean):
             raise InputError(
                 "loss: must be the mean over the examples of losses that do not depend on each "
-                f"other; got {float(self._loss):.8g} for two examples whose mean is "
-                f"{float(self._mean):.8g}. {_CAUSES}"
+                f"other; got {float(together):.8g} for two examples whose mean is "
+                f"{float(mean):.8g}. {CAUSES_OF_NO_MEAN}"
             )
 
     def wrong(self, coverage: Coverage) -> dict[str, str]:
         """Return which parameters the coverage gets wrong at once, and why."""
-        totals = {name: zeros_for(self._problem.parameters[name]) for name in coverage.at_once}
-        capture = _MeasuringCapture(coverage.sites, totals, len(self._indices))
+        if self._last is None or self._last[0] != coverage:
+            self._last = coverage, self._agreed(self._compare(coverage))
+        return self._last[1]
+
+    def _compare(self, coverage: Coverage) -> dict[str, str]:
+        totals = {name: self._zeros(name) for name in coverage.at_once}
         try:
-            loss = add_at_once(self._problem, coverage, capture, self._batch, self._indices)
+            loss, capture = self._at_once(coverage, totals)
         except torch.OutOfMemoryError:
             raise
         except Exception as error:  # anything may come from a model that gets other shapes
             line = str(error).partition("\n")[0]
-            return _blamed(coverage, capture, f"the model fails otherwise ({line})")
+            return dict.fromkeys(coverage.at_once, f"the model fails otherwise ({line})")
         self._dtypes |= {loss.dtype, *capture.dtypes}
-        if not self._is_mean(loss):
-            return _blamed(coverage, capture, "the loss changes otherwise")
+        if not self._are_close(loss, self._mean):
+            return dict.fromkeys(coverage.at_once, "the loss changes otherwise")
         wrong = {name: why for name, why in capture.failed.items() if name in totals}
         for name, total in totals.items():
             found = (name in capture.reached) == (name in self._reached)
             if not found or not self._agrees(name, total, capture.cancelled.get(name, 0.0)):
-                wrong.setdefault(name, "it is used in another way than by calls of its module")
+                wrong.setdefault(name, "its fast form gives something else than the loop")
+        return wrong
+
+    def _zeros(self, name: str) -> Tensor:
+        """Return zeros for the squares of a parameter."""
+        return zeros_for(self._problem.parameters[name])
+
+    def _one_by_one(self, totals: dict[str, Tensor]) -> tuple[list[Tensor], set[str]]:
+        """Add the squares by the loop; return the losses, and which parameters got a gradient."""
+        return add_one_by_one(
+            self._problem, self._problem.parameters, totals, self._batch, self._indices
+        )
+
+    def _at_once(
+        self, coverage: Coverage, totals: dict[str, Tensor]
+    ) -> tuple[Tensor, MeasuringCapture]:
+        """Add the squares by a coverage; return the loss, and what was seen on the way."""
+        at_once = {name: self._problem.parameters[name] for name in totals}
+        capture = MeasuringCapture(at_once, totals, len(self._indices))
+        loss = add_at_once(self._problem, coverage, capture, self._batch, self._indices)
+        return loss, capture
+
+    def _largest_of(self, squares: Mapping[str, Tensor]) -> dict[str, float]:
+        """Return the largest square of every parameter."""
+        return {name: _largest(value) for name, value in squares.items()}
+
+    def _agreed(self, wrong: dict[str, str]) -> dict[str, str]:
+        """Return which parameters are wrong anywhere."""
         return wrong
 
     def _agrees(self, name: str, squares: Tensor, cancelled: float) -> bool:
-        true = self._squares[name]
         tolerance = self._tolerance()
-        allowed = tolerance.square * float(true.max()) + tolerance.rounding**2 * cancelled
-        return bool(((squares - true).abs() <= allowed).all())  # NaN does not agree
+        # Where the derivative is truly zero, rounding is judged by what is added up, or else by the
+        # other parameters of the same module.
+        module = name.rpartition(".")[0]
+        siblings = (v for n, v in self._largest.items() if n.rpartition(".")[0] == module)
+        rounding = tolerance.rounding**2 * max(cancelled, *siblings)
+        allowed = tolerance.square * self._largest[name] + rounding
+        return self._difference(squares, self._squares[name]) <= allowed  # NaN does not agree
 
-    def _is_mean(self, loss: Tensor) -> bool:
-        size = 1e-3 + float(self._mean.abs())
-        return abs(float(loss) - float(self._mean)) <= self._tolerance().loss * size
+    def _difference(self, one: Tensor, other: Tensor) -> float:
+        if one.numel() == 0:
+            return 0.0
+        return float(torch.linalg.vector_norm(one - other, torch.inf))
+
+    def _are_close(self, loss: Tensor, mean: Tensor) -> bool:
+        allowed = self._tolerance().loss * (1e-3 + float(mean.abs()))
+        return abs(float(loss) - float(mean)) <= allowed
 
     def _tolerance(self) -> _Tolerance:
         if self._dtypes & {torch.float16, torch.bfloat16}:
@@ -228,35 +268,27 @@ class _Trial:
         return _DOUBLE if self._dtypes == {torch.float64} else _SINGLE
 
 
-class _MeasuringCapture(Capture):
-    """Measures beside everything else how much is added up, and may cancel, in each bias.
+class MeasuringCapture(Capture):
+    """Measures beside everything else how much is added up, and may cancel, in each vector.
 
     Attributes:
-        cancelled: By the biases' names, the largest square of a sum of absolute values.
+        cancelled: By parameter name, the largest square of a sum of absolute values.
     """
 
-    def __init__(self, sites: Sequence[Site], totals: dict[str, Tensor], batch_size: int) -> None:
-        super().__init__(sites, totals, batch_size)
+    def __init__(
+        self, parameters: Mapping[str, Tensor], totals: dict[str, Tensor], batch_size: int
+    ) -> None:
+        super().__init__(parameters, totals, batch_size)
         self.cancelled: dict[str, float] = {}
 
-    @torch.no_grad()
-    def _arrive(self, use: Use, g: Tensor) -> None:
-        super()._arrive(use, g)
-        name = use.site.bias
-        if name is not None and name not in self.failed:
-            sums = use.site.layer.bias(g.abs(), self._size)
-            assert isinstance(sums, PerExample)
-            square = float(sums.values.square().sum(0).max())
-            self.cancelled[name] = self.cancelled.get(name, 0.0) + square
+    def _add(self, key: str | int, arrival: Arrival, g: Tensor) -> None:
+        super()._add(key, arrival, g)
+        contribution = arrival(g.abs())
+        if isinstance(contribution, PerExample):
+            square = _largest(widen(contribution.values).square().sum(0))
+            for name in self._following.names_of(key):
+                self.cancelled[name] = self.cancelled.get(name, 0.0) + square
 
 
-def _blamed(coverage: Coverage, capture: Capture, reason: str) -> dict[str, str]:
-    """Blame those whose shape was changed when everything goes wrong, or else everything."""
-    return dict.fromkeys((capture.broadcast & coverage.at_once) or coverage.at_once, reason)
-
-
-_CAUSES = (
-    "Usual causes: a sum instead of a mean, a mean over tokens of texts of different lengths, "
-    "batch statistics (BatchNorm without running statistics), a loss between examples "
-    "(contrastive), random numbers in the forward, reentrant checkpointing."
-)
+def _largest(squares: Tensor) -> float:
+    return float(squares.max()) if squares.numel() else 0.0

@@ -94,12 +94,21 @@ def checked_hessian(hessian: Mapping[str, Tensor], weights: Checkpoint) -> dict[
     stored = {n: v.to(device="cpu", dtype=torch.float32) for n, v in given.items()}
     check_finite(stored, "hessian", "Give a Hessian that float32 can hold.")
     for name, value in stored.items():
-        if bool((value < 0).any()):
-            raise InputError(
-                f"hessian: tensor {name!r} must not be negative; got {float(value.min()):g}. "
-                "Give sums of squared gradients."
-            )
+        check_not_negative(name, value)
     return stored
+
+
+def check_not_negative(name: str, value: Tensor) -> None:
+    """Check that a tensor of a Hessian can be a sum of squares.
+
+    Raises:
+        InputError: It has a negative entry.
+    """
+    if bool((value < 0).any()):
+        raise InputError(
+            f"hessian: tensor {name!r} must not be negative; got {float(value.min()):g}. "
+            "Give sums of squared gradients."
+        )
 
 
 def check_hessian(hessian: Checkpoint, weights: Checkpoint) -> None:

@@ -3,8 +3,9 @@
 A training loader shuffles, repeats examples so that all ranks get as many, and may drop the last
 batch. A sum over examples wants none of that. :func:`data_pass` therefore takes the data set, the
 collate function and the worker settings of the training loader and puts its own order on them: rank
-r of W takes the examples r, r + W, r + 2W, … of those selected. Ranks may have different numbers of
-batches, even none, so there must be no collective call inside the loop over a pass.
+r of W takes the examples r, r + W, r + 2W, … of those selected, which are in random order, so that
+any part of a pass says what the whole will say. Ranks may have different numbers of batches, even
+none, so there must be no collective call inside the loop over a pass.
 
 An iterable data set is taken as it comes, in its own batches, as many as one epoch yields. How the
 ranks share it is its own business, as it is in training: on several ranks it must split itself.
@@ -14,14 +15,13 @@ Notation: N examples in the training set, n ≤ N of them in the pass, W ranks.
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import islice
-from typing import Any
+from typing import Any, ClassVar
 
-import lightning.pytorch as pl
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_merge.curvature.batches import batch_size_of, take_examples
@@ -36,16 +36,30 @@ class DataPass(ABC):
     """One rank's share of a pass; iterating it yields ``(indices, batch)``, batches on the CPU.
 
     Attributes:
+        indexed: Whether examples can be asked for by index, and the pass shares them out itself.
         num_examples: N, or None when only the end of a stream will tell.
         num_here: How many examples this rank will see, None when only the end will tell.
     """
 
+    indexed: ClassVar[bool]
     num_examples: int | None
     num_here: int | None
 
-    @abstractmethod
     def __iter__(self) -> Iterator[tuple[tuple[int, ...], Any]]:
-        """Yield the index of each example of a batch in the training set, and the batch."""
+        """Yield all batches."""
+        return self.batches()
+
+    @abstractmethod
+    def batches(self, start: int = 0) -> Iterator[tuple[tuple[int, ...], Any]]:
+        """Yield the index of each example of a batch in the training set, and the batch.
+
+        Args:
+            start: How many batches are left out at the beginning; the others stay as they are.
+        """
+
+    @abstractmethod
+    def plan(self) -> dict[str, Any]:
+        """Return what decides which rank has which examples in which batch, as JSON primitives."""
 
     @abstractmethod
     def first_few(self) -> Any:
@@ -54,6 +68,8 @@ class DataPass(ABC):
 
 class IndexedPass(DataPass):
     """A pass over a data set whose examples can be asked for by index."""
+
+    indexed = True
 
     def __init__(
         self,
@@ -78,26 +94,45 @@ class IndexedPass(DataPass):
             seed: For the workers' random numbers (augmentations).
         """
         here = tuple(selected[rank::world_size])
+        # At least two batches for all who have several examples: one says nothing of the others.
+        batch_size = min(batch_size, max(1, -(-len(selected) // (2 * world_size))))
         self.num_examples = num_examples
         self.num_here = len(here)
         self._loader = loader
-        self._first = tuple(selected[:FEW])
+        self._selected = selected
+        self._batch_size = batch_size
+        self._world_size = world_size
         self._batches = [here[i : i + batch_size] for i in range(0, len(here), batch_size)]
         self._seed = seed
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, ...], Any]]:
+    def batches(self, start: int = 0) -> Iterator[tuple[tuple[int, ...], Any]]:
         """Yield the batches of this rank."""
-        loader = _like(self._loader, seed=self._seed, batch_sampler=self._batches)
-        yield from zip(self._batches, loader, strict=True)
+        wanted = self._batches[start:]
+        loader = _like(self._loader, seed=self._seed, batch_sampler=wanted)
+        yield from zip(wanted, loader, strict=True)
+
+    def plan(self) -> dict[str, Any]:
+        """Return N, batch size, number of ranks and a digest of the order."""
+        digest = hashlib.sha256()
+        for index in self._selected:
+            digest.update(b"%d " % index)
+        return {
+            "num_examples": self.num_examples,
+            "batch_size": self._batch_size,
+            "world_size": self._world_size,
+            "order": digest.hexdigest(),
+        }
 
     def first_few(self) -> Any:
         """Return the first examples of all ranks together, the same ones on every rank."""
-        few = [self._first]
+        few = [self._selected[:FEW]]
         return next(iter(_like(self._loader, seed=self._seed, batch_sampler=few, num_workers=0)))
 
 
 class StreamPass(DataPass):
     """A pass over whatever an iterable yields, up to a limit, numbered as it comes."""
+
+    indexed = False
 
     def __init__(
         self,
@@ -129,17 +164,27 @@ class StreamPass(DataPass):
         self._world_size = world_size
         self._seed = seed
 
-    def __iter__(self) -> Iterator[tuple[tuple[int, ...], Any]]:
+    def batches(self, start: int = 0) -> Iterator[tuple[tuple[int, ...], Any]]:
         """Yield batches until the stream or the limit ends; a batch across the limit is cut."""
         seen = 0
-        for whole in islice(self._batches(), self._max_batches):
+        for number, whole in enumerate(islice(self._batches(), self._max_batches)):
             size = batch_size_of(whole)
             left = size if self.num_here is None else min(size, self.num_here - seen)
             if left == 0:
                 return
             batch = whole if left == size else take_examples(whole, range(left))
-            yield tuple((seen + i) * self._world_size + self._rank for i in range(left)), batch
+            if number >= start:
+                yield tuple((seen + i) * self._world_size + self._rank for i in range(left)), batch
             seen += left
+
+    def plan(self) -> dict[str, Any]:
+        """Return N and the limits; the order of a stream is its own."""
+        return {
+            "num_examples": self.num_examples,
+            "world_size": self._world_size,
+            "max_here": self.num_here,
+            "max_batches": self._max_batches,
+        }
 
     def first_few(self) -> Any:
         """Return the beginning of this rank's first batch."""
@@ -257,48 +302,6 @@ def data_pass(
         world_size=world_size,
         seed=seed,
     )
-
-
-def to_device(trainer: pl.Trainer, batch: Any) -> Any:
-    """Return a batch as the training step would get it: converted, moved, through all its hooks."""
-    batch = trainer.precision_plugin.convert_input(batch)
-    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
-
-
-def on_device(
-    trainer: pl.Trainer, batches: DataPass, description: str
-) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """Yield from a pass, batches on the device, with a progress bar where the Trainer draws one."""
-    shown = trainer.is_global_zero and trainer.progress_bar_callback is not None
-    for indices, batch in with_progress(batches, description, shown=shown):
-        yield indices, to_device(trainer, batch)
-
-
-def with_progress(
-    batches: DataPass, description: str, *, shown: bool
-) -> Iterator[tuple[tuple[int, ...], Any]]:
-    """Yield from a pass, and draw a progress bar in examples and examples per second.
-
-    Args:
-        batches: The pass.
-        description: What is being done.
-        shown: Whether to draw at all (on one rank only, and if the user wants bars).
-    """
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, disable=not shown) as progress:
-        task = progress.add_task(description, total=batches.num_here, rate="")
-        for indices, batch in batches:
-            yield indices, batch
-            speed = progress.tasks[task].speed
-            rate = "" if speed is None else f"{speed:.0f} examples/s"
-            progress.update(task, advance=len(indices), rate=rate)
 
 
 def _like(loader: DataLoader[Any], *, seed: int, **changes: Any) -> DataLoader[Any]:
