@@ -31,7 +31,7 @@ from lit_merge.curvature.attention import MULTI_HEAD_ATTENTION, multi_head_atten
 from lit_merge.curvature.backward import accumulate_gradients
 from lit_merge.curvature.broadcasting import Broadcast, broadcast, of_einsum
 from lit_merge.curvature.estimator import zeros_for
-from lit_merge.curvature.following import Derived, Following, tensors_in
+from lit_merge.curvature.following import Derived, Following, mapped, tensors_in
 from lit_merge.curvature.kernels import Contribution, add_squares, example_gradient
 from lit_merge.curvature.operation import Operation
 from lit_merge.curvature.operations import DESCRIPTIONS
@@ -54,6 +54,24 @@ class _Tally:
 
     uses: int = 0
     arrived: list[Contribution] = field(default_factory=list)
+
+
+@dataclass
+class _Call:
+    """A call whose gradient is waited for.
+
+    Attributes:
+        uses: What uses which parameter in it, and how to contribute; emptied when done, so that the
+            inputs that they hold are given back as the backward goes along.
+        x: The input.
+        version: Of the input, to notice changes in place.
+        output: Which output of its node in the graph.
+    """
+
+    uses: list[tuple[str | int, Arrival]]
+    x: Tensor | None
+    version: int
+    output: int
 
 
 class Capture(TorchFunctionMode):
@@ -226,8 +244,8 @@ class Capture(TorchFunctionMode):
             copies = change.copies(self.anchor, self._size)
             self._watch(copies, [(change.operand, self._of_copies(change))], None)
             own[id(change.operand)] = change.in_rows(copies)
-        changed: tuple[Any, ...] = _replaced(changes.args or args, own)
-        return func(*changed, **_replaced(kwargs, own))
+        changed, named = mapped((changes.args or args, kwargs), lambda t: own.get(id(t), t))
+        return func(*changed, **named)
 
     def _of_copies(self, change: Broadcast) -> Arrival:
         derived = self._following.derived_from(change.operand)
@@ -243,10 +261,10 @@ class Capture(TorchFunctionMode):
         keyed = [(self._key(operand), arrival) for operand, arrival in uses]
         for key, _ in keyed:
             self._tallies.setdefault(key, _Tally()).uses += 1
-        version = None if x is None else _version(x)
+        call = _Call(keyed, x, 0 if x is None else _version(x), y.output_nr)
         # of the node, not of the tensor: hooks of the user on the tensor come before
         assert y.grad_fn is not None
-        y.grad_fn.register_prehook(partial(self._arrive, keyed, x, version, y.output_nr))
+        y.grad_fn.register_prehook(partial(self._arrive, call))
 
     def _key(self, operand: Tensor) -> str | int:
         """Return the parameter's name, or the identity of what was computed from parameters."""
@@ -271,29 +289,24 @@ class Capture(TorchFunctionMode):
         return f"{func.__name__}() takes it in a way without a fast form"
 
     @torch.no_grad()
-    def _arrive(
-        self,
-        uses: Sequence[tuple[str | int, Arrival]],
-        x: Tensor | None,
-        version: int | None,
-        output: int,
-        gradients: tuple[Tensor | None, ...],
-    ) -> None:
+    def _arrive(self, call: _Call, gradients: tuple[Tensor | None, ...]) -> None:
         """Take the gradient of the output of a call."""
-        g = gradients[output]
+        g = gradients[call.output]
         if g is None:
             return
         with torch._C.DisableTorchFunction():
             self.dtypes.add(g.dtype)
-            for key, arrival in uses:
+            changed = call.x is not None and _version(call.x) != call.version
+            for key, arrival in call.uses:
                 names = self._following.names_of(key)
                 if self._recording:
                     self.failed.update(dict.fromkeys(names, "gradients are taken in the forward"))
-                elif x is not None and _version(x) != version:
-                    changed = "the input of a call was changed in place after it"
-                    self.failed.update(dict.fromkeys(names, changed))
+                elif changed:
+                    reason = "the input of a call was changed in place after it"
+                    self.failed.update(dict.fromkeys(names, reason))
                 elif key not in self.failed:
                     self._add(key, arrival, g)
+            call.uses, call.x = [], None
 
     def _add(self, key: str | int, arrival: Arrival, g: Tensor) -> None:
         tally = self._tallies[key]
@@ -360,18 +373,6 @@ class Capture(TorchFunctionMode):
                 if gradient is not None:
                     summed += gradient
                 total.addcmul_(summed, summed, value=self._factor**2)
-
-
-def _replaced(value: Any, own: Mapping[int, Tensor]) -> Any:
-    """Return arguments with some tensors replaced."""
-    if isinstance(value, Tensor):
-        return own.get(id(value), value)
-    if isinstance(value, (list, tuple)):
-        replaced = [_replaced(entry, own) for entry in value]
-        return tuple(replaced) if isinstance(value, tuple) else replaced
-    if isinstance(value, dict):
-        return {key: _replaced(entry, own) for key, entry in value.items()}
-    return value
 
 
 def _version(tensor: Tensor) -> int:

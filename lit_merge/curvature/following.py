@@ -172,7 +172,7 @@ class Following:
             self.derived[id(result)] = Derived(result, result, names, lookup, name)
             return result
         with _own_graph():
-            shadow_args, shadow_kwargs = self._shadowed(args), self._shadowed(kwargs)
+            shadow_args, shadow_kwargs = mapped((args, kwargs), self._shadow)
             if before is not None:
                 base = self.derived_from(args[0])
                 shadow_args = (before if base is None else base.shadow, *shadow_args[1:])
@@ -198,17 +198,6 @@ class Following:
                 operation if operation.weight is not None and operation.weight.dim() == 2 else None
             )
         return None
-
-    def _shadowed(self, value: Any) -> Any:
-        """Return arguments with parameters and derived tensors replaced by their shadows."""
-        if isinstance(value, Tensor):
-            return self._shadow(value)
-        if isinstance(value, (list, tuple)):
-            shadowed = [self._shadowed(entry) for entry in value]
-            return tuple(shadowed) if isinstance(value, tuple) else shadowed
-        if isinstance(value, dict):
-            return {key: self._shadowed(entry) for key, entry in value.items()}
-        return value
 
     def take_whole(self, tensor: Tensor) -> None:
         """Follow rows of a parameter as what they are together: a matrix of their own."""
@@ -265,3 +254,15 @@ def in_place(func: Callable[..., Any]) -> bool:
             name[2] == "i" and name not in ("__invert__", "__index__", "__int__")
         )
     return name.endswith("_")
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """Return arguments with each tensor changed, also those in lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (list, tuple)):
+        changed = [mapped(entry, change) for entry in value]
+        return tuple(changed) if isinstance(value, tuple) else changed
+    if isinstance(value, dict):
+        return {key: mapped(entry, change) for key, entry in value.items()}
+    return value
