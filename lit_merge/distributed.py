@@ -155,11 +155,11 @@ def in_step(batches: Iterable[T], *, spare: T) -> Iterator[tuple[T, bool]]:
     """
     iterator = iter(batches)
     while True:
-        item, own, error = spare, False, None
+        item, own, error = spare, True, None
         try:
-            item, own = next(iterator), True
+            item = next(iterator)
         except StopIteration:
-            pass
+            own = False
         except Exception as caught:
             error = caught
         states = gather((_message(error), own))

@@ -143,7 +143,7 @@ def test_what_was_saved_before_a_nan_can_be_gone_on_with(tmp_path, run) -> None:
 
 @pytest.mark.distributed
 def test_the_rank_of_a_nan_is_named(tmp_path, run) -> None:
-    with pytest.raises(Exception, match=r"rank [01].*it is example 37 by itself|must be finite"):
+    with pytest.raises(Exception, match=r"on rank [01], it is example 37 by itself"):
         measure(tmp_path, run, Broken(), trainer=TWO)
     assert not (tmp_path / "expert").exists()
 
