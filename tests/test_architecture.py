@@ -11,7 +11,7 @@ import lit_merge
 
 ROOT = Path(lit_merge.__file__).parent
 LAYERS = (
-    ("errors", "output", "strict_json"),
+    ("errors", "output", "strict_json", "counter"),
     ("heads", "checkpoint"),
     ("parameters", "expert", "curvature", "methods", "correction", "distributed", "sharding"),
     ("streaming", "passes", "tasks"),

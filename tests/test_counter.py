@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_merge.curvature.counter import combined, normals, signs, uniforms
+from lit_merge.counter import combined, normals, signs, uniforms
 from tests.references import splitmix_set, splitmix_signs, splitmix_uniform
 
 CPU = torch.device("cpu")

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from lit_merge.methods import (
     ParameterSlice,
     TaskArithmetic,
 )
+from lit_merge.methods.method import looking_at
 from tests.references import gradient_matching_by_entries, joint_quadratic_optimum
 
 TASKS = ("a", "b", "c")
@@ -216,11 +218,11 @@ def test_the_survey_refuses_them_before_anything_is_merged() -> None:
     method = GradientMatching(FORGET, damping=0.0)
     lost = r"2 of 4 entries of 'head\.weight'"
     with pytest.raises(InputError, match=rf"{lost}\."):
-        method.survey(lambda: [first, second])
+        method.survey(looking_at([first, second]))
     with pytest.raises(InputError, match=rf"{lost}, and entries of 1 more tensor\."):
-        method.survey(lambda: [first, second, bias])
+        method.survey(looking_at([first, second, bias]))
     with pytest.raises(InputError, match=rf"{lost}, and entries of 2 more tensors\."):
-        method.survey(lambda: [first, second, bias, norm])
+        method.survey(looking_at([first, second, bias, norm]))
 
 
 @pytest.mark.parametrize(
@@ -228,9 +230,10 @@ def test_the_survey_refuses_them_before_anything_is_merged() -> None:
     [GradientMatching(), GradientMatching({"a": 0.0}), GradientMatching(-1, guard="clamp")],
 )
 def test_the_survey_reads_nothing_when_it_has_nothing_to_refuse(method: GradientMatching) -> None:
-    passes = []
-    method.survey(lambda: passes.append("read") or [])  # type: ignore[func-returns-value]
-    assert passes == []
+    def read(look: object) -> list[tuple[str, Any]]:
+        raise AssertionError("read")
+
+    method.survey(read)
 
 
 def test_a_difference_that_is_only_rounding_counts_as_no_precision() -> None:

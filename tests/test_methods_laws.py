@@ -24,6 +24,7 @@ from lit_merge.methods import (
     TaskArithmetic,
     WeightedAverage,
 )
+from lit_merge.methods.method import looking_at
 
 TASKS = ("svhn", "dtd", "mnist")
 METHODS = [
@@ -93,7 +94,7 @@ def chunks(p: ParameterSlice, size: int) -> Iterator[ParameterSlice]:
 
 
 def merged(method: MergeMethod, pieces: list[ParameterSlice]) -> list[Tensor]:
-    fact = method.survey(lambda: iter(pieces))
+    fact = method.survey(looking_at(pieces))
     return [method(dataclasses.replace(p, fact=fact)) for p in pieces]
 
 
@@ -121,7 +122,7 @@ def test_chunks_merge_to_the_same_bits_as_whole_tensors(method: MergeMethod, siz
     assert method.elementwise
     whole = merged(method, slices())
     pieces = [list(chunks(p, size)) for p in slices()]
-    fact = method.survey(lambda: (chunk for piece in pieces for chunk in piece))
+    fact = method.survey(looking_at(chunk for piece in pieces for chunk in piece))
     for expected, piece in zip(whole, pieces, strict=True):
         result = torch.cat([method(dataclasses.replace(chunk, fact=fact)) for chunk in piece])
         assert torch.equal(result, expected.flatten())

@@ -26,7 +26,7 @@ from lit_merge.curvature.batches import (
     take_examples,
     unlike_pair,
 )
-from lit_merge.curvature.counter import combined, signs
+from lit_merge.counter import combined, signs
 from lit_merge.curvature.coverage import wanted_parameters
 from lit_merge.curvature.differentiation import differentiation, requiring_grad
 from lit_merge.curvature.estimator import example_numbers, widen

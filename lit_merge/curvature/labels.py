@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lit_merge.curvature.counter import normals, uniforms
+from lit_merge.counter import normals, uniforms
 from lit_merge.curvature.losses import CLASSES, Loss, LossInterception, Reduction
 
 _CALLS = 1 << 32  # more than the losses of one forward: where the streams of the next draw begin

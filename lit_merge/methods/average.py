@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -32,6 +33,8 @@ class Average(MergeMethod):
         Wortsman et al. (2022), arXiv:2203.05482, "model soups".
     """
 
+    carries_nan: ClassVar[bool] = True
+
     def __call__(self, p: ParameterSlice) -> Tensor:
         """Merge one slice."""
         return average(p.experts, [1.0] * len(p.experts))
@@ -48,6 +51,8 @@ class WeightedAverage(MergeMethod):
     Raises:
         InputError: A weight is not finite, or they sum to zero.
     """
+
+    carries_nan: ClassVar[bool] = True
 
     weights: Mapping[str, float] | Sequence[float]
 

@@ -9,7 +9,7 @@ an expert whose Hessian is :math:`\bar h - h_0`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import InputError
-from lit_merge.methods.method import MergeMethod, ParameterSlice, add_task_vectors
+from lit_merge.methods.method import LookAtAll, MergeMethod, ParameterSlice, add_task_vectors
 from lit_merge.methods.settings import check_choice, check_number, check_scale, per_task
 
 
@@ -124,6 +124,7 @@ class GradientMatching(MergeMethod):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"base", "hessian"})
+    carries_nan: ClassVar[bool] = True
 
     scale: float | Mapping[str, float] = 1.0
     damping: float = 1e-12
@@ -140,7 +141,7 @@ class GradientMatching(MergeMethod):
         """Check that there is a scale for every task."""
         self._scales(tasks)
 
-    def survey(self, slices: Callable[[], Iterable[ParameterSlice]]) -> None:
+    def survey(self, look_at_all: LookAtAll) -> None:
         """Count the entries that negative scales leave without precision.
 
         With ``guard="raise"`` and a negative scale this is a pass over the data, so that nothing
@@ -154,11 +155,10 @@ class GradientMatching(MergeMethod):
             return
         lost: dict[str, int] = {}
         total: dict[str, int] = {}
-        for p in slices():
-            total[p.name] = total.get(p.name, 0) + p.experts[0].numel()
-            count = int(self._without_precision(p).sum())
+        for name, (count, size) in look_at_all(self._count_lost):
+            total[name] = total.get(name, 0) + size
             if count:
-                lost[p.name] = lost.get(p.name, 0) + count
+                lost[name] = lost.get(name, 0) + count
         if lost:
             name = next(iter(lost))
             raise _no_precision(name, lost[name], total[name], others=len(lost) - 1)
@@ -187,6 +187,19 @@ class GradientMatching(MergeMethod):
         base_hessian = self._base_hessian(p)
         precision = merged_precision(p.require_hessians(), base_hessian, self._scales(p.tasks))
         return torch.where(self._without_precision(p), base_hessian, precision)
+
+    def hessian(self, p: ParameterSlice) -> Tensor:
+        r"""Return :math:`\sum_t α_t h_t`, not below zero: what makes the merge an expert again.
+
+        With it, merges compose: merging this result with a further expert of the same base gives
+        what merging all of them at once does.
+        """
+        hessians = p.require_hessians()
+        return merged_precision(hessians, 0.0, self._scales(p.tasks)).clamp_(min=0)
+
+    def _count_lost(self, p: ParameterSlice) -> tuple[int, int]:
+        lost = self._without_precision(p)
+        return int(lost.sum()), lost.numel()
 
     def _scales(self, tasks: Sequence[str]) -> tuple[float, ...]:
         return per_task("GradientMatching.scale", self.scale, tasks)

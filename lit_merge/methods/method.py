@@ -11,7 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,6 +30,13 @@ class ParameterSlice:
         base: :math:`θ_0`, of the same shape; None when the merge has no base.
         hessians: :math:`h_t ≥ 0`, one per task; None when the merge has no curvature.
         base_hessian: The base's own Hessian; None when it has none.
+        grams: Per task the Gram matrix :math:`\sum x x^T` [n, n] of the inputs of the layer that
+            this weight [m, n] belongs to (of a convolution, flattened to [m, n]), summed over the
+            training examples and their positions; None for a tensor without, as biases are.
+        kronecker: Per task two factors, [n, n] of the inputs and [m, m] of the output gradients,
+            whose Kronecker product stands for the weight's Hessian; None for a tensor without.
+        start: The flat position of the slice's first element in the tensor.
+        shape: The whole tensor's shape; None where the slice is the whole tensor.
         fact: What the method's :meth:`MergeMethod.survey` returned.
     """
 
@@ -39,6 +46,10 @@ class ParameterSlice:
     base: Tensor | None = None
     hessians: tuple[Tensor, ...] | None = None
     base_hessian: Tensor | None = None
+    grams: tuple[Tensor, ...] | None = None
+    kronecker: tuple[tuple[Tensor, Tensor], ...] | None = None
+    start: int = 0
+    shape: tuple[int, ...] | None = None
     fact: Any = None
 
     def require_base(self) -> Tensor:
@@ -69,6 +80,30 @@ class ParameterSlice:
         return self.hessians
 
 
+R = TypeVar("R")
+
+
+class LookAtAll(Protocol):
+    """Starts a pass over all merged tensors each time it is called."""
+
+    def __call__(self, look: Callable[[ParameterSlice], R]) -> Iterable[tuple[str, R]]:
+        """Return the tensor's name and what ``look`` found, slice by slice, in the tensors' order.
+
+        The slices of one tensor follow one another. ``look`` is called from several threads at
+        once and must keep nothing of a slice: its memory is used again.
+        """
+
+
+def looking_at(slices: Iterable[ParameterSlice]) -> LookAtAll:
+    """Return passes over slices that are at hand."""
+    pieces = tuple(slices)
+
+    def look_at_all(look: Callable[[ParameterSlice], R]) -> Iterable[tuple[str, R]]:
+        return ((p.name, look(p)) for p in pieces)
+
+    return look_at_all
+
+
 class MergeMethod(ABC):
     """A way to make one tensor out of the experts'.
 
@@ -78,11 +113,17 @@ class MergeMethod(ABC):
     Attributes:
         elementwise: Whether an element of the result depends on the same element of the inputs
             only (and on the survey's fact). Such a method gets flat chunks; others whole tensors.
-        needs: What a slice must hold besides the experts: a subset of ``{"base", "hessian"}``.
+        needs: What a slice must hold besides the experts: a subset of ``{"base", "hessian",
+            "gram", "kronecker"}``. Grams and Kronecker factors come with whole tensors only.
+        carries_nan: Whether a NaN or an infinity in any input always makes the result NaN or
+            infinite in the same place, so that looking at the result is enough.
+        masks: Whether the method gives a model per task, as the shared result and a mask.
     """
 
     elementwise: ClassVar[bool] = True
     needs: ClassVar[frozenset[str]] = frozenset()
+    carries_nan: ClassVar[bool] = False
+    masks: ClassVar[bool] = False
 
     def check_tasks(self, tasks: Sequence[str]) -> None:  # noqa: B027 (most have nothing to check)
         """Check settings that name tasks or depend on their number, before any data is read.
@@ -94,17 +135,38 @@ class MergeMethod(ABC):
             InputError: A setting does not fit these tasks.
         """
 
-    def survey(self, slices: Callable[[], Iterable[ParameterSlice]]) -> Any:
+    def survey(self, look_at_all: LookAtAll) -> Any:
         """Look at all slices before the first is merged, for a fact that needs them together.
 
         Args:
-            slices: Starts a pass over all merged tensors each time it is called. The slices of
-                one tensor follow one another.
+            look_at_all: Starts a pass over the tensors that this method merges.
 
         Returns:
             What :attr:`ParameterSlice.fact` is to be; None for methods without such a fact.
         """
         return None
+
+    def hessian(self, p: ParameterSlice) -> Tensor | None:
+        """Return the Hessian of the merged slice as an expert of the same base, in a new tensor.
+
+        None for methods that say nothing about it.
+        """
+        return None
+
+    def task_masks(self, p: ParameterSlice) -> tuple[Tensor, ...]:
+        """Return which entries of the shared task vector each task uses, as booleans.
+
+        Task t's model is :math:`θ_0 + λ_t m_t ⊙ (θ - θ_0)` with θ the merged slice and
+        :math:`λ_t` of :meth:`task_scales`.
+
+        Raises:
+            NotImplementedError: The method gives one model for all tasks.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no masks")
+
+    def task_scales(self, fact: Any, tasks: Sequence[str]) -> tuple[float, ...]:
+        """Return each task's :math:`λ_t` of :meth:`task_masks`, given what the survey found."""
+        return (1.0,) * len(tasks)
 
     @abstractmethod
     def __call__(self, p: ParameterSlice) -> Tensor:

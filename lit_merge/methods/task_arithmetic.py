@@ -30,6 +30,7 @@ class TaskArithmetic(MergeMethod):
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"base"})
+    carries_nan: ClassVar[bool] = True
 
     scale: float | Mapping[str, float] = 1.0
 

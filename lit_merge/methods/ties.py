@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lit_merge.methods.method import MergeMethod, ParameterSlice, add_task_vectors
+from lit_merge.methods.method import (
+    LookAtAll,
+    MergeMethod,
+    ParameterSlice,
+    add_task_vectors,
+    looking_at,
+)
 from lit_merge.methods.settings import check_choice, check_number
 
 _HIGH_BINS = 1 << 15  # a magnitude's sign bit is zero: 15 of the high 16 bits remain
@@ -52,47 +57,47 @@ def elect_and_merge(
 
 
 def magnitude_thresholds(
-    slices: Callable[[], Iterable[ParameterSlice]],
-    density: float,
-    group: Callable[[ParameterSlice], str],
+    look_at_all: LookAtAll, density: float, group: Callable[[str], str]
 ) -> dict[str, tuple[float, ...]]:
-    r"""Return the k-th largest :math:`|τ_t|` of every group of slices, exactly, per expert.
+    r"""Return the k-th largest :math:`|τ_t|` of every group of tensors, exactly, per expert.
 
     k is ⌊density·n⌋ of the group's n entries. Two passes of radix selection over the bit patterns
     of the float32 magnitudes, which order as the numbers do: the first counts the high 16 bits,
     the second the low 16 bits within the bin that the k-th falls into. Memory is a few histograms
-    at any model size.
+    per group at any model size.
 
     Args:
-        slices: Starts a pass; the slices of a group follow one another.
+        look_at_all: Starts a pass.
         density: The share to keep, 0 to 1.
-        group: Names the group of a slice.
+        group: Names the group of a tensor.
 
     Returns:
         Thresholds per expert by group: entries of at least that magnitude are kept. Infinity
         where k is zero. Magnitudes that equal the k-th are all kept, so that the result does not
         depend on any order.
     """
-    chosen: dict[str, list[tuple[int, int]]] = {}
-    for name, members in groupby(slices(), key=group):
-        assert name not in chosen, f"slices of {name!r} came apart"
-        histograms = _histograms(members, lambda bits, _: bits >> 16, _HIGH_BINS)
-        chosen[name] = [
-            _from_the_top(histogram, int(density * int(histogram.sum())))
-            for histogram in histograms
+
+    def high_bits(p: ParameterSlice) -> list[Tensor]:
+        return [
+            torch.bincount(bits >> 16, minlength=_HIGH_BINS).cpu() for bits in _bit_patterns(p)
         ]
+
+    bins = {
+        name: [_from_the_top(counts, int(density * int(counts.sum()))) for counts in histograms]
+        for name, histograms in _totals(look_at_all(high_bits), group).items()
+    }
+
+    def low_bits(p: ParameterSlice) -> list[Tensor]:
+        return [
+            torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=_LOW_BINS).cpu()
+            for bits, (high, _) in zip(_bit_patterns(p), bins[group(p.name)], strict=True)
+        ]
+
     thresholds: dict[str, tuple[float, ...]] = {}
-    for name, members in groupby(slices(), key=group):
-        bins = chosen[name]
-
-        def low(bits: Tensor, expert: int, bins: list[tuple[int, int]] = bins) -> Tensor:
-            return bits[bits >> 16 == bins[expert][0]] & 0xFFFF
-
+    for name, histograms in _totals(look_at_all(low_bits), group).items():
         found = [
-            (high << 16) + _from_the_top(histogram, rank)[0] if rank else _INFINITY
-            for histogram, (high, rank) in zip(
-                _histograms(members, low, _LOW_BINS), bins, strict=True
-            )
+            (high << 16) + _from_the_top(counts, rank)[0] if rank else _INFINITY
+            for counts, (high, rank) in zip(histograms, bins[name], strict=True)
         ]
         thresholds[name] = tuple(
             torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
@@ -108,17 +113,21 @@ def _magnitude(vector: Tensor) -> Tensor:
     return vector.abs().to(torch.float32)
 
 
-def _histograms(
-    members: Iterator[ParameterSlice], bins_of: Callable[[Tensor, int], Tensor], num_bins: int
-) -> list[Tensor]:
-    counts: list[Tensor] = []
-    for p in members:
-        base = p.require_base()
-        counts = counts or [torch.zeros(num_bins, dtype=torch.int64) for _ in p.experts]
-        for index, expert in enumerate(p.experts):
-            bits = _magnitude(expert - base).view(torch.int32).flatten()
-            counts[index] += torch.bincount(bins_of(bits, index), minlength=num_bins).cpu()
-    return counts
+def _bit_patterns(p: ParameterSlice) -> list[Tensor]:
+    base = p.require_base()
+    return [_magnitude(expert - base).view(torch.int32).flatten() for expert in p.experts]
+
+
+def _totals(
+    found: Iterable[tuple[str, list[Tensor]]], group: Callable[[str], str]
+) -> dict[str, list[Tensor]]:
+    """Return the sums of the slices' histograms, per expert by group."""
+    totals: dict[str, list[Tensor]] = {}
+    for name, histograms in found:
+        mine = totals.setdefault(group(name), [torch.zeros_like(counts) for counts in histograms])
+        for total, counts in zip(mine, histograms, strict=True):
+            total += counts
+    return totals
 
 
 def _from_the_top(histogram: Tensor, rank: int) -> tuple[int, int]:
@@ -169,22 +178,20 @@ class TIES(MergeMethod):
         check_choice("TIES.scope", self.scope, ("global", "tensor"))
         check_choice("TIES.sign", self.sign, ("total", "frequency"))
 
-    def survey(
-        self, slices: Callable[[], Iterable[ParameterSlice]]
-    ) -> Mapping[str, tuple[float, ...]]:
+    def survey(self, look_at_all: LookAtAll) -> Mapping[str, tuple[float, ...]]:
         """Find every expert's thresholds, in two passes."""
-        return magnitude_thresholds(slices, self.density, self._group)
+        return magnitude_thresholds(look_at_all, self.density, self._group)
 
     def __call__(self, p: ParameterSlice) -> Tensor:
         """Merge one slice."""
-        fact = self.survey(lambda: [p]) if p.fact is None else p.fact
+        fact = self.survey(looking_at([p])) if p.fact is None else p.fact
         return elect_and_merge(
             p.require_base(),
             p.experts,
-            fact[self._group(p)],
+            fact[self._group(p.name)],
             scale=self.scale,
             sign=self.sign,
         )
 
-    def _group(self, p: ParameterSlice) -> str:
-        return p.name if self.scope == "tensor" else ""
+    def _group(self, name: str) -> str:
+        return name if self.scope == "tensor" else ""
