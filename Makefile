@@ -16,7 +16,7 @@ check: .venv/.dev-ready
 	$(BIN)/mypy
 
 bench: .venv/.dev-ready
-	@for script in benchmarks/curvature.py benchmarks/curvature_steps.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/curvature.py benchmarks/curvature_steps.py "benchmarks/merge.py --quick"; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lit-merge needs Python 3.10 or newer; set PYTHON=python3.x")'

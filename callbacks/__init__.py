@@ -10,5 +10,7 @@ if __name__ != "lit_merge.callbacks":
 
 from lit_merge.callbacks.activation_statistics import ActivationStatistics
 from lit_merge.callbacks.diagonal_hessian import DiagonalHessian
+from lit_merge.callbacks.input_grams import InputGrams
+from lit_merge.callbacks.kronecker_factors import KroneckerFactors
 
-__all__ = ["ActivationStatistics", "DiagonalHessian"]
+__all__ = ["ActivationStatistics", "DiagonalHessian", "InputGrams", "KroneckerFactors"]

@@ -186,6 +186,8 @@ class ExpertCallback(pl.Callback):
         *,
         hessian: Mapping[str, Tensor] | None = None,
         activations: Mapping[str, Tensor] | None = None,
+        gram: Mapping[str, Tensor] | None = None,
+        kronecker: Mapping[str, Tensor] | None = None,
     ) -> None:
         """Write what was measured into the expert folder, on the first rank. Collective."""
         own = trainer.is_global_zero and run_of(self.folder) == self.run
@@ -197,6 +199,8 @@ class ExpertCallback(pl.Callback):
             replace_folder=self.replace or own,
             hessian=hessian,
             activations=activations,
+            gram=gram,
+            kronecker=kronecker,
         )
         self.written = self.folder
         rank_zero_info(f"{type(self).__name__}: wrote {self.folder}")

@@ -13,6 +13,7 @@ from lit_merge.checkpoint import alignment, fingerprint, plain_names
 from lit_merge.distributed import broadcast, failing_together, is_sharded, rank
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo, add_to_expert, open_expert, write_expert
+from lit_merge.expert.factors import factor_names
 from lit_merge.expert.sharded import WholeTensors, write_hessian, write_sharded_expert
 from lit_merge.parameters import detect_heads
 
@@ -57,6 +58,8 @@ def save_expert(
     replace_folder: bool,
     hessian: Mapping[str, Tensor] | None = None,
     activations: Mapping[str, Tensor] | None = None,
+    gram: Mapping[str, Tensor] | None = None,
+    kronecker: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write an expert folder, or add to one that has the same weights. Collective.
 
@@ -71,24 +74,26 @@ def save_expert(
         replace_folder: Whether any other folder may be replaced.
         hessian: Σ over the training examples, by parameter name; sharded if the weights are.
         activations: Statistics by site.
+        gram: Gram matrices by parameter name; only where the weights are whole.
+        kronecker: Kronecker factors by parameter name and side; only where the weights are whole.
 
     Raises:
         InputError: On every rank, if the folder may not be written, or a value is not finite.
     """
     state = module.state_dict()
     weights = {name: state[name] for name in plain_names_of(module)}
+    artifacts = {
+        "hessian": hessian,
+        "activations": activations,
+        "gram": gram,
+        "kronecker": kronecker,
+    }
+    given = {kind: tensors for kind, tensors in artifacts.items() if tensors is not None}
     if join:
-        _join(path, module, info, hessian, activations)
+        _join(path, module, info, given)
         return
     write = write_sharded_expert if _any_sharded(weights) else _write_on_first
-    write(
-        path,
-        weights=weights,
-        info=info,
-        hessian=hessian,
-        activations=activations,
-        replace=replace_folder,
-    )
+    write(path, weights=weights, info=info, replace=replace_folder, **given)
 
 
 def _write_on_first(path: Path, **contents: Any) -> None:
@@ -101,8 +106,7 @@ def _join(
     path: Path,
     module: nn.Module,
     info: ExpertInfo,
-    hessian: Mapping[str, Tensor] | None,
-    activations: Mapping[str, Tensor] | None,
+    artifacts: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     plain = plain_names_of(module)
     found = fingerprint_of(module)
@@ -126,20 +130,19 @@ def _join(
     for key in ("task", "estimator", "labels", "num_examples"):
         if getattr(info, key) is not None:
             changes[key] = getattr(info, key)
-    if hessian is not None:
-        hessian = dict(zip(names(hessian), hessian.values(), strict=True))
-        if _any_sharded(weights_of(module)):
-            write_hessian(path, hessian, replace(there, fingerprint=found))
-            hessian = None  # it is there
+    new_names = {name: aligned[known] for name, known in plain.items()}
+    new_names |= factor_names(new_names)
+    given = {
+        kind: tensors
+        if kind == "activations"  # whose names are those of modules
+        else {new_names[name]: value for name, value in tensors.items()}
+        for kind, tensors in artifacts.items()
+    }
+    if "hessian" in given and _any_sharded(weights_of(module)):
+        write_hessian(path, given.pop("hessian"), replace(there, fingerprint=found))
     with failing_together():
         if rank() == 0:
-            add_to_expert(
-                path,
-                weights_fingerprint=found,
-                info_changes=changes,
-                hessian=hessian,
-                activations=activations,
-            )
+            add_to_expert(path, weights_fingerprint=found, info_changes=changes, **given)
 
 
 def _any_sharded(tensors: Mapping[str, Tensor]) -> bool:

@@ -4,20 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lit_merge.callbacks.activation_statistics import gather_over_ranks
+from lit_merge.callbacks.curvature_result import Curvature
 from lit_merge.callbacks.expert_callback import require_one_of, require_positive
 from lit_merge.callbacks.expert_folder import describe, fingerprint_of, save_expert, with_details
+from lit_merge.callbacks.layer_matrices import matrices_of
 from lit_merge.callbacks.pass_settings import PassEstimatorName, PassSettings, default_labels
 from lit_merge.callbacks.sharded_pass import pass_over
 from lit_merge.callbacks.training_loss import TrainingLoss
 from lit_merge.checkpoint import load_into, open_checkpoint
+from lit_merge.correction.forward import attention_mask_of
 from lit_merge.correction.sites import find_sites
 from lit_merge.correction.statistics import to_tensors
+from lit_merge.curvature.input_grams import LayerGrams
+from lit_merge.curvature.kronecker import KroneckerFisher
+from lit_merge.curvature.layer_matrices import LayerMatrices
 from lit_merge.curvature.losses import Reduction
 from lit_merge.curvature.objective import Labels
 from lit_merge.curvature_pass import CurvaturePass, Measurement
@@ -39,12 +46,14 @@ def curvature_of_checkpoint(
     checkpoint: str | Path,
     output: str | Path,
     weights: Literal["averaged", "raw"] = "averaged",
-    estimator: PassEstimatorName = "exact",
+    estimator: PassEstimatorName | Literal["none"] = "exact",
     labels: Labels | None = None,
     samples: int = 1,
     reduction: Reduction = "loss",
     max_examples: int | None = None,
     parameters: list[str] | None = None,
+    gram: bool = False,
+    kronecker: bool = False,
     sites: str | list[str] | None = None,
     max_activation_examples: int | None = 512,
     batch_size: int | None = None,
@@ -57,7 +66,7 @@ def curvature_of_checkpoint(
 
     The pass is that of :class:`~lit_merge.callbacks.DiagonalHessian`. Where ``output`` is an expert
     folder of these very weights without curvature, the curvature is added to it; so a folder can be
-    completed in place.
+    completed in place, also with matrices of its layers beside the diagonal (``estimator="none"``).
 
     A pass that is stopped half-way goes on where it was when it is started again with the same
     settings: the sums so far are in ``<output>.partial`` until the expert folder is written. One
@@ -73,7 +82,8 @@ def curvature_of_checkpoint(
         output: The expert folder.
         weights: Which weights of a checkpoint that holds both the trained and the averaged ones.
         estimator: "exact" for the squared gradients of every example (the Fisher information), or
-            "hutchinson" for an estimate of the diagonal of the true Hessian of the loss.
+            "hutchinson" for an estimate of the diagonal of the true Hessian of the loss. "none"
+            leaves the diagonal out, for what is asked for besides.
         labels: For "exact": "sampled" from the model's predictions, "expected" over all labels, at
             a pass per class, or "observed" in the data (the empirical Fisher). None is "sampled";
             the Hessian is of the loss with observed labels.
@@ -83,6 +93,11 @@ def curvature_of_checkpoint(
         max_examples: A random subset of so many training examples, on all ranks together; the sum
             is scaled from it to all of them. None takes all.
         parameters: Patterns over the names of the parameters wanted; None for all that are trained.
+        gram: Whether to gather the Gram matrices of the layers' inputs as well, as
+            :class:`~lit_merge.callbacks.InputGrams` does, in a pass of their own.
+        kronecker: Whether to gather Kronecker factors of the Fisher information as well, as
+            :class:`~lit_merge.callbacks.KroneckerFactors` does, with these labels, in a pass of
+            their own.
         sites: Where to gather activation statistics as well, as for
             :class:`~lit_merge.callbacks.ActivationStatistics`; None gathers none.
         max_activation_examples: How many examples these are gathered on; None takes all.
@@ -112,18 +127,28 @@ def curvature_of_checkpoint(
         raise InputError(
             f"save_every: must be a number of seconds, or None; got {save_every!r}. 60 is usual."
         )
+    require_one_of("estimator", estimator, (*get_args(PassEstimatorName), "none"))
+    if estimator == "none" and not (gram or kronecker or sites):
+        raise InputError(
+            'estimator: must be "exact" or "hutchinson" where nothing else is to be gathered; got '
+            '"none" without gram, kronecker and sites. Ask for one of them.'
+        )
+    pass_estimator: PassEstimatorName = "exact" if estimator == "none" else estimator
     measurement = _CheckpointCurvature(
         checkpoint=Path(checkpoint),
         output=Path(output),
         weights=weights,
         settings=PassSettings(
-            estimator=estimator,
-            labels=default_labels(estimator, labels),
+            estimator=pass_estimator,
+            labels=default_labels(pass_estimator, labels),
             samples=samples,
             reduction=reduction,
             parameters=None if parameters is None else tuple(parameters),
             seed=seed,
         ),
+        diagonal=estimator != "none",
+        gram=gram,
+        kronecker=kronecker,
         max_examples=max_examples,
         sites=tuple(sites) if isinstance(sites, list) else sites,
         max_activation_examples=max_activation_examples,
@@ -149,6 +174,9 @@ class _CheckpointCurvature(Measurement):
     output: Path
     weights: Literal["averaged", "raw"]
     settings: PassSettings
+    diagonal: bool
+    gram: bool
+    kronecker: bool
     max_examples: int | None
     sites: str | tuple[str, ...] | None
     max_activation_examples: int | None
@@ -167,45 +195,32 @@ class _CheckpointCurvature(Measurement):
         trainer, module = step.trainer, step.module
         weights = fingerprint_of(module)
         with failing_together():
-            self._check_sites(module)
+            self._check_whole(module)
             if trainer.is_global_zero:
                 self.joins(weights)
-        info = describe(module)
+        described = describe(module)
         loss = TrainingLoss(trainer, module)
         sites = (
             None
             if self.sites is None
-            else find_sites(module, where=self.sites, exclude=info.head_parameters)
+            else find_sites(module, where=self.sites, exclude=described.head_parameters)
         )
-        seed = self.settings.seed
-        data = step.examples(max_examples=self.max_examples, batch_size=self.batch_size, seed=seed)
-        unfinished = self.unfinished(step, data, weights)
-        measuring = pass_over(trainer, module, loss=loss, settings=self.settings)
-        found = measuring.run(data, unfinished=unfinished)
-        activations = None
+        info = with_details(described, checkpoint=str(self.checkpoint), weights=self.weights)
+        info = replace(info, task=self.task)
+        artifacts: dict[str, dict[str, Tensor]] = {}
+        unfinished = None
+        if self.diagonal:
+            found, unfinished = self._diagonal(step, loss, weights)
+            artifacts["hessian"] = found.hessian
+            info = self._with_curvature(info, found, precision=str(trainer.precision))
+        for kind, measured in self._estimators(module, loss).items():
+            artifacts[kind], details = self._matrices(step, measured, kind)
+            info = with_details(info, **{kind: details})
         if sites is not None:
-            examples = step.examples(
-                max_examples=self.max_activation_examples,
-                batch_size=self.batch_size,
-                seed=seed,
-            )
+            seed = self.settings.seed
+            examples = self._examples(step, self.max_activation_examples)
             statistics = gather_over_ranks(trainer, module, examples, sites, loss=loss, seed=seed)
-            activations = to_tensors(statistics)
-        info = replace(
-            info,
-            task=self.task,
-            estimator=self.settings.estimator,
-            labels=self.settings.labels,
-            num_examples=found.num_examples,
-        )
-        curvature = {
-            "max_examples": self.max_examples,
-            "precision": str(trainer.precision),
-            **found.details(),
-        }
-        info = with_details(
-            info, checkpoint=str(self.checkpoint), weights=self.weights, curvature=curvature
-        )
+            artifacts["activations"] = to_tensors(statistics)
         join = False
         with failing_together():
             if trainer.is_global_zero:
@@ -216,12 +231,57 @@ class _CheckpointCurvature(Measurement):
             info=info,
             join=broadcast(join),
             replace_folder=self.replace,
-            hessian=found.hessian,
-            activations=activations,
+            **artifacts,
         )
         if unfinished is not None:
             unfinished.remove()
         rank_zero_info(f"Wrote {self.output}")
+
+    def _examples(self, step: CurvaturePass, most: int | None) -> DataPass:
+        return step.examples(max_examples=most, batch_size=self.batch_size, seed=self.settings.seed)
+
+    def _diagonal(
+        self, step: CurvaturePass, loss: TrainingLoss, weights: str
+    ) -> tuple[Curvature, UnfinishedPass | None]:
+        data = self._examples(step, self.max_examples)
+        unfinished = self.unfinished(step, data, weights)
+        measuring = pass_over(step.trainer, step.module, loss=loss, settings=self.settings)
+        return measuring.run(data, unfinished=unfinished), unfinished
+
+    def _with_curvature(self, info: ExpertInfo, found: Curvature, *, precision: str) -> ExpertInfo:
+        info = replace(
+            info,
+            estimator=self.settings.estimator,
+            labels=self.settings.labels,
+            num_examples=found.num_examples,
+        )
+        settings = {"max_examples": self.max_examples, "precision": precision}
+        return with_details(info, curvature={**settings, **found.details()})
+
+    def _estimators(
+        self, module: pl.LightningModule, loss: TrainingLoss
+    ) -> dict[str, LayerMatrices]:
+        """Return what gathers the matrices that are asked for, by kind."""
+        estimators: dict[str, LayerMatrices] = {}
+        names = self.settings.names(module)
+        if self.gram:
+            estimators["gram"] = LayerGrams(module, loss, parameters=names, mask=attention_mask_of)
+        if self.kronecker:
+            fisher = {**self.settings.of_fisher(module), "mask": attention_mask_of}
+            estimators["kronecker"] = KroneckerFisher(module, loss, **fisher)
+        return estimators
+
+    def _matrices(
+        self, step: CurvaturePass, measured: LayerMatrices, kind: str
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        data = self._examples(step, self.max_examples)
+        title = {"gram": "Input Grams", "kronecker": "Kronecker factors"}[kind]
+        seed = self.settings.seed
+        found, details = matrices_of(step.trainer, step.module, data, measured, title, seed=seed)
+        settings = {"max_examples": self.max_examples, **self.settings.details()}
+        if kind == "kronecker":
+            settings["labels"] = self.settings.labels
+        return found, {**details, **settings}
 
     def unfinished(
         self, step: CurvaturePass, data: DataPass, weights: str
@@ -255,7 +315,12 @@ class _CheckpointCurvature(Measurement):
         path = self.output / "expert.json"
         return read_info(path) if path.is_file() else None
 
-    def _check_sites(self, module: pl.LightningModule) -> None:
+    def _check_whole(self, module: pl.LightningModule) -> None:
+        if (self.gram or self.kronecker) and sharded_parameters(module):
+            raise InputError(
+                "gram and kronecker: must be false where parameters are sharded; got true. Gather "
+                'matrices of layers with strategy="ddp" or a single device.'
+            )
         if self.sites is not None and sharded_parameters(module):
             raise InputError(
                 f"sites: must be None where parameters are sharded; got {self.sites!r}. Gather "
@@ -272,12 +337,13 @@ class _CheckpointCurvature(Measurement):
         if there is None or there.fingerprint != weights:
             self.require_room()
             return False
-        file = self.output / "hessian.safetensors"
-        if file.exists() and not self.replace:
-            raise InputError(
-                f"{file}: must not exist yet; got curvature of these weights. Name another output "
-                "folder, or ask to replace it."
-            )
+        kinds = {"hessian": self.diagonal, "gram": self.gram, "kronecker": self.kronecker}
+        for file in (self.output / f"{kind}.safetensors" for kind, new in kinds.items() if new):
+            if file.exists() and not self.replace:
+                raise InputError(
+                    f"{file}: must not exist yet; got curvature of these weights. Name another "
+                    "output folder, or ask to replace it."
+                )
         return True
 
     def require_room(self) -> None:

@@ -37,7 +37,8 @@ class Part:
     """One set of tensors in one file or its shards.
 
     Attributes:
-        name: "weights", "hessian", "activations", "corrections" or "head <task>".
+        name: "weights", "hessian", "activations", "gram", "kronecker", "corrections" or
+            "head <task>".
         file: The file, as seen from the inspected path.
         num_tensors: Number of tensors.
         num_elements: Number of elements of all of them.
@@ -157,6 +158,10 @@ def _inspect_expert(
         curvature = _summary(expert.info, traces, zeros, num_elements=parts[-1].num_elements)
     if expert.activations is not None:
         parts.append(_part("activations", expert.activations, path))
+    if expert.gram is not None:
+        parts.append(_part("gram", expert.gram, path))
+    if expert.kronecker is not None:
+        parts.append(_part("kronecker", expert.kronecker, path))
     known = expert.info.fingerprint is not None
     return Inspection(
         path=str(path),
@@ -212,7 +217,8 @@ def _part(name: str, checkpoint: Checkpoint, root: Path) -> Part:
     infos = checkpoint.infos.values()
     files = {checkpoint.file_of(tensor) for tensor in checkpoint}
     file = next(iter(files)) if len(files) == 1 else checkpoint.path
-    shown = file.relative_to(root) if file != root and file.is_relative_to(root) else file.name
+    inside = isinstance(file, Path) and file != root and file.is_relative_to(root)
+    shown = file.relative_to(root) if isinstance(file, Path) and inside else file.name
     return Part(
         name=name,
         file=str(shown),

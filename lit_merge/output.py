@@ -15,10 +15,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeGuard
 
 from lit_merge.errors import InputError
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+# The last two: a file system of small files, and a disk that fails. Reading has errors of its own.
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
 
 
 @contextmanager
@@ -39,25 +41,43 @@ def new_folder(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             ``path`` in the meantime or the disk is full. The partial folder is then removed.
     """
     require_free(path, replace=replace)
-    target = _resolved(path)
-    old = _identity(target)
+    target = resolved(path)
+    old = identity(target)
     created = _make_parents(target.parent, path)
     partial = target.with_name(_aside(target.name, "partial"))
     try:
         partial.mkdir()
         yield partial
-        _sync_folder(partial)
-        if replace:
-            _swap_in(partial, target, old, path)
-        else:
-            _rename_in(partial, target, path)
-        _sync(target.parent)
+        finish_folder(partial, target, path, replace=replace, old=old)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         _remove_empty(created)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            raise _full(path, error) from error
+        if is_full(error):
+            raise full_disk(path, error) from error
         raise
+
+
+def finish_folder(
+    partial: Path, target: Path, path: str | Path, *, replace: bool, old: tuple[int, int] | None
+) -> None:
+    """Make a folder that is written aside the one that was asked for.
+
+    Args:
+        partial: What was written, beside the target.
+        target: The resolved path.
+        path: What the user named.
+        replace: Whether the target may be replaced.
+        old: What :func:`identity` said of the target when the writing began.
+
+    Raises:
+        InputError: Another process has changed the target in the meantime.
+    """
+    _sync_folder(partial)
+    if replace:
+        _swap_in(partial, target, old, path)
+    else:
+        _rename_in(partial, target, path)
+    _sync(target.parent)
 
 
 @contextmanager
@@ -79,7 +99,7 @@ def new_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
             the disk is full. The partial file is then removed.
     """
     require_free_file(path, replace=replace)
-    target = _resolved(path)
+    target = resolved(path)
     created = _make_parents(target.parent, path)
     partial = target.with_name(_aside(target.stem, "partial") + target.suffix)
     try:
@@ -93,8 +113,8 @@ def new_file(path: str | Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException as error:
         partial.unlink(missing_ok=True)
         _remove_empty(created)
-        if isinstance(error, OSError) and error.errno in _NO_ROOM:
-            raise _full(path, error) from error
+        if is_full(error):
+            raise full_disk(path, error) from error
         raise
 
 
@@ -105,7 +125,7 @@ def require_free(path: str | Path, *, replace: bool = False) -> None:
         InputError: If ``path`` is a file, a non-empty folder that may not be replaced, or lies
             where no folder can be made.
     """
-    target = _resolved(path)
+    target = resolved(path)
     if target.exists() and not target.is_dir():
         raise InputError(f"{path}: must be a folder; got a file. Name another output folder.")
     if target.is_mount():
@@ -135,7 +155,7 @@ def require_free_file(path: str | Path, *, replace: bool = False) -> None:
         InputError: If ``path`` is a folder, a file that may not be replaced, or lies where no file
             can be made.
     """
-    target = _resolved(path)
+    target = resolved(path)
     if target.is_dir():
         raise InputError(f"{path}: must be a file; got a folder. Name a file in it.")
     if target.exists() and not replace:
@@ -146,7 +166,12 @@ def require_free_file(path: str | Path, *, replace: bool = False) -> None:
     _require_writable_parent(target, path)
 
 
-def _resolved(path: str | Path) -> Path:
+def resolved(path: str | Path) -> Path:
+    """Return where a path leads.
+
+    Raises:
+        InputError: It cannot be looked up.
+    """
     try:
         target = Path(path).resolve()
         with suppress(FileNotFoundError, NotADirectoryError):
@@ -183,7 +208,8 @@ def _aside(name: str, what: str) -> str:
     return f".{short}.{what}-{os.getpid()}-{secrets.token_hex(4)}"
 
 
-def _identity(path: Path) -> tuple[int, int] | None:
+def identity(path: Path) -> tuple[int, int] | None:
+    """Return what tells a file or folder from any other that takes its place; None without one."""
     if not path.exists():
         return None
     status = path.stat()
@@ -230,7 +256,7 @@ def _swap_in(partial: Path, target: Path, old: tuple[int, int] | None, path: str
         raise _taken(path) from error
     try:
         # Looked at only after the move: what we hold aside can no longer be exchanged under us.
-        if _identity(aside) != old:
+        if identity(aside) != old:
             raise _taken(path)
         _rename_in(partial, target, path)
     except BaseException:
@@ -261,7 +287,13 @@ def _taken(path: str | Path) -> InputError:
     )
 
 
-def _full(path: str | Path, error: OSError) -> InputError:
+def is_full(error: BaseException) -> TypeGuard[OSError]:
+    """Return whether an error says that a disk does not take what is written."""
+    return isinstance(error, OSError) and error.errno in _NO_ROOM
+
+
+def full_disk(path: str | Path, error: OSError) -> InputError:
+    """Return the error for an output that found no room, with the system's reason."""
     return InputError(
         f"{path}: must have room on its disk; got {error.strerror!r}. "
         "Free some space, or name an output on another disk."

@@ -11,10 +11,10 @@ import lit_merge
 
 ROOT = Path(lit_merge.__file__).parent
 LAYERS = (
-    ("errors", "output", "strict_json", "counter"),
+    ("errors", "output", "strict_json", "counter", "location", "upload"),
     ("heads", "checkpoint"),
     ("parameters", "expert", "curvature", "methods", "correction", "distributed", "sharding"),
-    ("streaming", "passes", "tasks"),
+    ("streaming", "forecast", "passes", "tasks"),
     ("callbacks", "merged", "curvature_pass"),
     ("module", "checkpoint_curvature"),
     ("evaluation", "merge_record", "inspection"),

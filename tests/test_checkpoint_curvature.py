@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 
+from lit_merge.callbacks import InputGrams, KroneckerFactors
 from lit_merge.checkpoint import load_into, open_checkpoint, save_tensors
 from lit_merge.checkpoint_curvature import curvature_of_checkpoint
 from lit_merge.curvature import CurvatureWarning, diagonal_hessian
@@ -264,6 +265,9 @@ def test_a_missing_checkpoint_is_refused(tmp_path) -> None:
         ({"batch_size": -1}, r"batch_size: must be a positive integer"),
         ({"parameters": ["nothing"]}, r"parameters: must match trained parameters"),
         ({"sites": "nothing"}, r"where: must match modules"),
+        ({"estimator": "fisher"}, r"estimator: must be one of exact, hutchinson, none"),
+        ({"estimator": "none"}, r'got "none" without gram, kronecker and sites'),
+        ({"gram": True, "parameters": ["*.bias"]}, r"parameters: must name the weight of at"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, run, settings: Any, message: str) -> None:
@@ -282,6 +286,45 @@ def test_sharded_parameters_are_refused(tmp_path, run) -> None:
     module.model.body.weight._is_flat_param = True
     with pytest.raises(InputError, match=r"strategy: must leave parameters whole"):
         measure(tmp_path, run, module)
+
+
+def test_matrices_of_the_layers_are_those_of_the_callbacks(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(dirpath=tmp_path, filename="tiny")
+    callbacks = (InputGrams(seed=3), KroneckerFactors(seed=3), saving)
+    tiny_trainer(tmp_path, *callbacks).fit(tiny_classifier(), loader())
+    folder = measure(
+        tmp_path,
+        tmp_path / "tiny.ckpt",
+        output=tmp_path / "later",
+        gram=True,
+        kronecker=True,
+        seed=3,
+    )
+    there, later = open_expert(tmp_path / "expert"), open_expert(folder)
+    assert hessian_in(folder)
+    for kind in ("gram", "kronecker"):
+        expected, found = getattr(there, kind), getattr(later, kind)
+        assert set(found) == set(expected)
+        for name in found:
+            assert_same({name: found.tensor(name)}, {name: expected.tensor(name)})
+        assert later.info.details[kind]["num_examples"] == NUM_EXAMPLES
+    assert later.info.details["kronecker"]["labels"] == "sampled"
+
+
+def test_matrices_complete_a_folder_that_has_its_diagonal(tmp_path: Path, run: Path) -> None:
+    folder = measure(tmp_path, run, labels="observed")
+    before = (folder / "hessian.safetensors").read_bytes()
+    measure(tmp_path, folder, output=folder, estimator="none", gram=True)
+    measure(tmp_path, folder, output=folder, estimator="none", kronecker=True)
+    expert = open_expert(folder)
+    assert expert.gram is not None
+    assert expert.kronecker is not None
+    assert (folder / "hessian.safetensors").read_bytes() == before
+    assert (expert.info.estimator, expert.info.labels) == ("exact", "observed")
+    assert {"curvature", "gram", "kronecker"} <= set(expert.info.details)
+    with pytest.raises(InputError, match=r"gram\.safetensors: must not exist yet"):
+        measure(tmp_path, folder, output=folder, estimator="none", gram=True)
+    measure(tmp_path, folder, output=folder, estimator="none", gram=True, replace=True)
 
 
 def test_progress_is_shown_in_examples(tmp_path, run, capsys) -> None:

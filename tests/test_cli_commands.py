@@ -228,6 +228,18 @@ def test_curvature_takes_the_options_of_a_pass(run: Run) -> None:
     assert info.details["curvature"]["samples"] == 2
 
 
+def test_curvature_adds_matrices_to_a_folder_without_its_diagonal(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--estimator", "none", "--gram", "true", "--kronecker", "true"]
+    assert run("curvature", curvature(run, "matrices"), *options) == 0
+    assert capsys.readouterr().out.startswith("expert: ")
+    expert = open_expert(run.root / "matrices")
+    assert expert.hessian is None
+    assert expert.gram is not None
+    assert expert.kronecker is not None
+
+
 def test_curvature_options_that_do_not_go_together_are_an_error(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,11 +12,13 @@ from lit_merge.cli.commands import COMMANDS, Command
 from lit_merge.cli.correct import correct_parser
 from lit_merge.cli.curvature import curvature_parser
 from lit_merge.cli.evaluate import evaluate_parser
+from lit_merge.cli.forecast import forecast_parser
 from lit_merge.cli.merge import merge_parser
 
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "curvature": curvature_parser,
     "merge": merge_parser,
+    "forecast": forecast_parser,
     "correct": correct_parser,
     "evaluate": evaluate_parser,
 }

@@ -19,6 +19,7 @@ from lit_merge.cli.correct import correct_parser
 from lit_merge.cli.curvature import curvature_parser
 from lit_merge.cli.evaluate import evaluate_parser
 from lit_merge.cli.fit import FitCLI
+from lit_merge.cli.forecast import forecast_parser
 from lit_merge.cli.merge import merge_parser
 from lit_merge.cli.parsing import instantiate, parse
 
@@ -92,6 +93,13 @@ def test_merge_config() -> None:
     assert options.experts == {"trec": "runs/trec", "subj": "runs/subj"}
 
 
+def test_forecast_config() -> None:
+    options = made(forecast_parser(), "forecast.yaml")
+    assert options.method == lit_merge.TaskArithmetic(scale=0.5)
+    assert options.scales == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
+    assert (options.weighting, options.output) == ("mean", "forecast.json")
+
+
 def test_correct_config(encoder: str) -> None:
     options = made(correct_parser(), "correct.yaml", "--model.model", encoder)
     assert isinstance(options.model, nn.Module)
@@ -113,7 +121,7 @@ def test_evaluate_config(encoder: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "parser", [curvature_parser, merge_parser, correct_parser, evaluate_parser]
+    "parser", [curvature_parser, merge_parser, forecast_parser, correct_parser, evaluate_parser]
 )
 def test_printed_options_can_be_given_back(
     parser: Callable[[], ArgumentParser], capsys: pytest.CaptureFixture[str], tmp_path: Path

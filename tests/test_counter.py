@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lit_merge.counter import combined, normals, signs, uniforms
+from lit_merge.counter import combined, kept, key_of, normals, signs, uniforms, uniforms_from
 from tests.references import splitmix_set, splitmix_signs, splitmix_uniform
 
 CPU = torch.device("cpu")
@@ -67,3 +67,39 @@ def test_signs_are_fair_and_independent() -> None:
 def test_a_set_has_one_number_whatever_its_order() -> None:
     assert combined([3, 1, 2**70]) == combined([2**70, 3, 1]) == splitmix_set([1, 3, 2**70])
     assert len({combined(numbers) for numbers in ([], [0], [0, 0], [1], [0, 1], [2])}) == 6
+
+
+@pytest.mark.parametrize(("start", "count"), [(0, 0), (0, 7), (1, 1), (5, 10), (2**33 + 1, 4)])
+def test_positions_have_their_numbers_in_every_range(start: int, count: int) -> None:
+    expected = [splitmix_bits(99, position) for position in range(start, start + count)]
+    uniform = uniforms_from(99, start, count, CPU)
+    assert uniform.tolist() == [(bits >> 8) / 2**24 for bits in expected]
+    for share in (0.25, 0.5, 0.9):
+        # as signed numbers, the bits are compared with the share's place among them
+        signed = [bits - 2**32 if bits >= 2**31 else bits for bits in expected]
+        wanted = [int(bits < share * 2**32 - 2**31) for bits in signed]
+        assert kept(99, start, count, share, CPU).tolist() == wanted
+
+
+def test_shares_of_nothing_and_of_all_are_exact() -> None:
+    assert kept(1, 0, 1000, 0.0, CPU).sum() == 0
+    assert kept(1, 0, 1000, 1.0, CPU).sum() == 1000
+
+
+def test_keys_differ_by_seed_names_and_their_order() -> None:
+    keys = {key_of(s, a, b) for s in (0, 1, -1) for a in ("x", "xy") for b in ("y", "yy", "x")}
+    assert len(keys) == 18
+    assert all(0 <= key < 2**64 for key in keys)
+
+
+def splitmix_bits(key: int, position: int) -> int:
+    """The 32 bits of a position on unbounded integers: half of the hash of its pair's address."""
+    mask = 2**64 - 1
+
+    def finalised(z: int) -> int:
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+        return z ^ (z >> 31)
+
+    word = finalised((finalised(key) + (position // 2 + 1) * 0x9E3779B97F4A7C15) & mask)
+    return word >> 32 if position % 2 else word & 0xFFFFFFFF

@@ -17,7 +17,7 @@ from lit_merge.methods import (
 )
 from lit_merge.parameters import ParametersPolicy
 from lit_merge.streaming import merge, merge_in_memory, merge_state_dicts
-from lit_merge.streaming import plan as merge_plan
+from lit_merge.streaming import pieces as merge_plan
 from tests.merge_files import (
     MERGED,
     METHODS,

@@ -257,7 +257,7 @@ def test_errors_that_headers_can_tell_come_before_the_stream(
     (taken / "old.txt").write_text("old")
     before = sorted(tmp_path.iterdir())
     monkeypatch.setattr(merge_stream.MergeStream, "run", forbidden)
-    monkeypatch.setattr(merge_stream.MergeStream, "surveyed", forbidden)
+    monkeypatch.setattr(merge_stream.MergeStream, "survey", forbidden)
     svhn = experts["svhn"]
     for arguments, message in (
         ((tmp_path / "gone", experts), r"gone: must exist"),

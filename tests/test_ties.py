@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import math
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from lit_merge.errors import InputError
 from lit_merge.methods import TIES, ParameterSlice
 from lit_merge.methods.method import looking_at
-from lit_merge.methods.ties import magnitude_thresholds
 from tests.references import ties_by_sorting
 
 Sign = Literal["total", "frequency"]
@@ -60,20 +61,6 @@ def test_global_scope_agrees_with_a_full_sort_of_the_whole_task_vector(
     torch.testing.assert_close(torch.tensor(result), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("sign", ["total", "frequency"])
-@pytest.mark.parametrize("density", [0.1, 0.35, 0.8])
-def test_tensor_scope_agrees_with_peft(density: float, sign: Sign) -> None:
-    merge_utils = pytest.importorskip("peft.utils.merge_utils")
-    for p, result in zip(
-        pieces(4),
-        surveyed(TIES(density, scope="tensor", sign=sign), pieces(4)),
-        strict=True,
-    ):
-        vectors = [expert - p.require_base() for expert in p.experts]
-        expected = merge_utils.ties(vectors, torch.ones(4), density, majority_sign_method=sign)
-        torch.testing.assert_close(result - p.require_base(), expected, rtol=1e-4, atol=1e-4)
-
-
 def test_the_published_steps_by_hand() -> None:
     p = ParameterSlice(
         "w",
@@ -105,23 +92,6 @@ def test_entries_that_equal_the_smallest_kept_one_are_all_kept() -> None:
     assert torch.equal(TIES(0.4)(p), kept)  # the two largest: 2 and one of three equals
 
 
-@pytest.mark.parametrize("density", [0.001, 0.1, 0.5, 0.999])
-def test_thresholds_are_the_exact_order_statistics(density: float) -> None:
-    generator = torch.Generator().manual_seed(7)
-    # sixty binades, and many equal numbers
-    values = torch.randn(5000, generator=generator) * 2.0 ** torch.randint(
-        -30, 30, (5000,), generator=generator
-    )
-    values[::7] = 0.125
-    slices = [
-        ParameterSlice(str(i), ("a",), (chunk,), base=torch.zeros_like(chunk))
-        for i, chunk in enumerate(torch.split(values, 999))
-    ]
-    thresholds = magnitude_thresholds(looking_at(slices), density, lambda _: "")
-    expected = values.abs().sort(descending=True).values[int(density * 5000) - 1]
-    assert thresholds == {"": (expected.item(),)}
-
-
 def test_density_zero_returns_the_base() -> None:
     for p in pieces():
         assert torch.equal(TIES(0.0)(p), p.require_base())
@@ -137,3 +107,36 @@ def test_scopes_differ_when_tensors_move_by_different_amounts() -> None:
     largest = surveyed(TIES(0.2, scope="global"), moved)
     assert not torch.equal(everywhere[2], moved[2].require_base())
     assert torch.equal(largest[2], moved[2].require_base())
+
+
+def test_one_more_entry_is_kept_as_in_the_authors_code() -> None:
+    expert = torch.arange(1.0, 11.0)
+    p = ParameterSlice("w", ("a",), (expert,), base=torch.zeros(10))
+    kept = [int(TIES(0.25, keep=keep)(p).count_nonzero()) for keep in ("floor", "floor+1")]
+    assert kept == [2, 3]
+    assert torch.equal(TIES(1.0, keep="floor+1")(p), expert)
+
+
+def test_weights_are_taken_by_task_name() -> None:
+    p = dataclasses.replace(pieces(2)[0], tasks=("a", "b"))
+    by_name = TIES(1.0, weights={"b": 3.0, "a": 0.5})(p)
+    assert torch.equal(by_name, TIES(1.0, weights=[0.5, 3.0])(p))
+    with pytest.raises(InputError, match=r"^TIES\.weights: must have a number for every task"):
+        TIES(weights={"a": 1.0}).check_tasks(("a", "b"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"density": 1.5}, r"^TIES\.density: must be a finite number between 0 and 1"),
+        ({"scope": "row"}, r"^TIES\.scope: must be one of"),
+        ({"sign": "most"}, r"^TIES\.sign: must be one of"),
+        ({"weigh": "all"}, r"^TIES\.weigh: must be one of"),
+        ({"divide": "two"}, r"^TIES\.divide: must be one of"),
+        ({"keep": "ceil"}, r"^TIES\.keep: must be one of"),
+        ({"weights": [math.nan]}, r"^TIES\.weights\[0\]: must be a finite number"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        TIES(**settings)

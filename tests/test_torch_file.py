@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import types
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -123,7 +124,7 @@ def test_code_in_a_pickle_is_refused_by_name_and_not_run(tmp_path: Path, legacy:
 @pytest.mark.parametrize(
     ("value", "asked"),
     [
-        (argparse.Namespace(lr=1), r"argparse\.Namespace"),
+        (types.SimpleNamespace(lr=1), r"types\.SimpleNamespace"),
         (Path("x"), r"pathlib.*\.PosixPath"),
         (nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
     ],
@@ -202,3 +203,55 @@ def test_no_bytes_bring_out_another_error(tmp_path: Path, legacy: bool) -> None:
         except InputError:
             refused += 1
     assert refused > 20
+
+
+def test_settings_in_a_namespace_are_let_through(tmp_path: Path) -> None:
+    content = {"state_dict": STATE, "args": argparse.Namespace(lr=0.1, model="vit")}
+    opened = open_torch_file(saved(tmp_path / "x.pth.tar", content))
+    assert torch.equal(opened.tensor("fc.weight"), STATE["fc.weight"])
+
+
+def test_a_namespace_does_not_let_code_through(tmp_path: Path) -> None:
+    trace = tmp_path / "trace"
+    content = {"state_dict": STATE, "args": argparse.Namespace(evil=Evil(trace))}
+    with pytest.raises(InputError, match=r"got (posix|nt)\.mkdir"):
+        open_torch_file(saved(tmp_path / "x.pth", content))
+    assert not trace.exists()
+
+
+AVERAGE = {name: value.float() / 3 for name, value in STATE.items()}
+
+
+@pytest.mark.parametrize(
+    ("raw", "average"), [("state_dict", "state_dict_ema"), ("model", "model_ema")]
+)
+def test_an_average_beside_the_weights_is_taken_unless_they_are_asked_for(
+    tmp_path: Path, raw: str, average: str
+) -> None:
+    path = saved(tmp_path / "x.pth", {"epoch": 3, raw: STATE, average: AVERAGE})
+    opened = open_torch_file(path)
+    assert opened.metadata == {"key": average, "weights": "averaged"}
+    assert torch.equal(opened.tensor("fc.weight"), AVERAGE["fc.weight"])
+    opened = open_torch_file(path, weights="raw")
+    assert opened.metadata == {"key": raw, "weights": "raw"}
+    assert torch.equal(opened.tensor("fc.weight"), STATE["fc.weight"])
+
+
+def test_the_only_weights_are_taken_whatever_was_asked_for(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pth", {"epoch": 3, "model_ema": AVERAGE})
+    opened = open_torch_file(path, weights="raw")
+    assert opened.metadata == {"key": "model_ema"}
+    assert torch.equal(opened.tensor("fc.weight"), AVERAGE["fc.weight"])
+
+
+def test_several_state_dicts_are_an_error(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pth", {"model": STATE, "state_dict": AVERAGE})
+    with pytest.raises(
+        InputError, match="must hold one state dict; got some under 'state_dict' and"
+    ):
+        open_torch_file(path)
+
+
+def test_a_dict_of_settings_is_no_state_dict(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pth", {"model": {"width": 3}, "module": STATE})
+    assert open_torch_file(path).metadata == {"key": "module"}

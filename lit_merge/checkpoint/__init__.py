@@ -1,18 +1,30 @@
 """Checkpoints: one lazy interface to every way in which people store weights.
 
 :func:`open_checkpoint` takes a safetensors file, a file of ``torch.save`` (as Lightning's .ckpt is)
-or a folder in the layout of Hugging Face, in one file or in shards with an index. Nothing is
+or a folder in the layout of Hugging Face, in one file or in shards with an index, or one of
+torch.distributed.checkpoint; safetensors also from where fsspec reads (``s3://…``). Nothing is
 unpickled that is no tensor, and no path outside the folder is followed. The other names of this
 module are those of its parts, so that ``lit_merge.checkpoint`` is the one place to import from.
 """
 
 from __future__ import annotations
 
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Literal
 
 from torch import Tensor
 
+from lit_merge.checkpoint.adapter import (
+    AdaptedWeight,
+    AdapterCheckpoint,
+    LowRankUpdate,
+    adapter_folder,
+    open_adapter,
+)
+from lit_merge.checkpoint.adapter_tensors import require_no_factors
+from lit_merge.checkpoint.dcp import METADATA, DistributedCheckpoint
+from lit_merge.checkpoint.regular_file import require_regular_file
+from lit_merge.checkpoint.remote import RemoteSafetensors
 from lit_merge.checkpoint.safetensors_file import SafetensorsFile
 from lit_merge.checkpoint.safetensors_writer import SafetensorsWriter, save_tensors
 from lit_merge.checkpoint.state_dict import (
@@ -33,10 +45,15 @@ from lit_merge.checkpoint.tensor_source import (
 )
 from lit_merge.checkpoint.torch_file import open_torch_file
 from lit_merge.errors import InputError
+from lit_merge.location import Location, RemotePath, is_inside, locate
 from lit_merge.strict_json import parse_json
 
 __all__ = [
+    "AdaptedWeight",
+    "AdapterCheckpoint",
     "Checkpoint",
+    "DistributedCheckpoint",
+    "LowRankUpdate",
     "RenamedCheckpoint",
     "SafetensorsWriter",
     "StateDict",
@@ -46,10 +63,12 @@ __all__ = [
     "common_prefix",
     "fingerprint",
     "has_weights",
+    "is_inside",
     "load_into",
     "open_checkpoint",
     "open_state_dict",
     "plain_names",
+    "require_no_factors",
     "save_tensors",
     "unwrapped",
 ]
@@ -57,22 +76,34 @@ __all__ = [
 # In the order in which they are looked for: safetensors before pickles, as in transformers.
 _SINGLE = {"safetensors": "model.safetensors", "torch": "pytorch_model.bin"}
 _INDEX = {"safetensors": "model.safetensors.index.json", "torch": "pytorch_model.bin.index.json"}
-_NOT_WEIGHTS = ("hessian.safetensors", "activations.safetensors")
+_NOT_WEIGHTS = (
+    "hessian.safetensors",
+    "activations.safetensors",
+    "gram.safetensors",
+    "kronecker.safetensors",
+)
 _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"
 
 
 def open_checkpoint(
-    path: str | Path, *, weights: Literal["averaged", "raw"] = "averaged"
+    path: str | Path | RemotePath,
+    *,
+    weights: Literal["averaged", "raw"] = "averaged",
+    base: Checkpoint | None = None,
 ) -> Checkpoint:
     """Open a checkpoint of any known kind; only headers are read.
 
     Args:
         path: A safetensors file, a file of ``torch.save``, an index of shards, or a folder that
-            holds ``model.safetensors`` or ``pytorch_model.bin`` or an index of one of them, or else
-            exactly one checkpoint file.
+            holds ``model.safetensors`` or ``pytorch_model.bin`` or an index of one of them, or the
+            ``.metadata`` of torch.distributed.checkpoint, or else exactly one checkpoint file. A
+            URL of safetensors is read where it is, by ranges.
         weights: Which weights to take from a Lightning checkpoint that holds both those that were
             trained ("raw") and their running average ("averaged").
+        base: What a PEFT LoRA adapter is added to
+            (:class:`~lit_merge.checkpoint.adapter.AdapterCheckpoint`). It stays open when the
+            adapter is closed. Other checkpoints do not need it.
 
     Returns:
         The tensors under the names in which they are stored, less what wrappers have added to them;
@@ -86,10 +117,13 @@ def open_checkpoint(
         raise InputError(
             f'weights: must be "averaged" or "raw"; got {weights!r}. Choose one of the two.'
         )
-    named = Path(path)
+    named = locate(path)
     try:
         if not named.exists():
             raise InputError(f"{path}: must exist; got no such file or folder. Check the path.")
+        adapter = adapter_folder(named)
+        if adapter is not None and (named != adapter or not has_weights(adapter)):
+            return open_adapter(adapter, base)
         checkpoint = _open_folder(named, weights) if named.is_dir() else _open_file(named, weights)
     except OSError as error:
         raise InputError(
@@ -101,24 +135,19 @@ def open_checkpoint(
     return checkpoint
 
 
-def has_weights(folder: Path) -> bool:
+def has_weights(folder: Location) -> bool:
     """Return whether a folder holds weights under one of the standard names."""
     return any((folder / name).exists() for name in (*_SINGLE.values(), *_INDEX.values()))
 
 
-def _open_folder(folder: Path, weights: Literal["averaged", "raw"]) -> Checkpoint:
-    if (folder / ".metadata").exists():
-        raise InputError(
-            f"{folder}: must be a checkpoint in one file; got a distributed one (.metadata, one "
-            "part per rank). Run: python -m lightning.pytorch.utilities.consolidate_checkpoint "
-            f"{folder}"
-        )
-    if (folder / "adapter_config.json").exists() and not has_weights(folder):
-        raise InputError(
-            f"{folder}: must hold the weights of a whole model; got a PEFT adapter. Apply it to "
-            "its base first: "
-            "PeftModel.from_pretrained(...).merge_and_unload().save_pretrained(...)."
-        )
+def _open_folder(folder: Location, weights: Literal["averaged", "raw"]) -> Checkpoint:
+    if (folder / METADATA).is_file():
+        if isinstance(folder, RemotePath):
+            raise InputError(
+                f"{folder}: must be safetensors to be read from a URL; got a distributed "
+                "checkpoint. Copy it to this machine first."
+            )
+        return DistributedCheckpoint(folder)
     for kind in _SINGLE:
         single, index = folder / _SINGLE[kind], folder / _INDEX[kind]
         if single.exists() and index.exists():
@@ -150,10 +179,13 @@ def _open_folder(folder: Path, weights: Literal["averaged", "raw"]) -> Checkpoin
     return open_checkpoint(found[0], weights=weights)
 
 
-def _open_file(path: Path, weights: Literal["averaged", "raw"]) -> Checkpoint:
+def _open_file(path: Location, weights: Literal["averaged", "raw"]) -> Checkpoint:
     """Open a file by what it begins with, whatever its suffix."""
     if path.name.endswith(".index.json"):
         return ShardedCheckpoint(path, path=path)
+    if isinstance(path, RemotePath):
+        return RemoteSafetensors(path)
+    require_regular_file(path)
     with path.open("rb") as file:
         start = file.read(9)
     if path.suffix == ".safetensors" or start[8:] == b"{":
@@ -178,7 +210,7 @@ class ShardedCheckpoint(Checkpoint):
             is missing or not in its folder.
     """
 
-    def __init__(self, index: Path, *, path: Path) -> None:
+    def __init__(self, index: Location, *, path: Location) -> None:
         self.path = path
         self.source = "huggingface"
         files, self.metadata = _read_index(index)
@@ -207,9 +239,9 @@ class ShardedCheckpoint(Checkpoint):
         self.infos = infos
 
     @staticmethod
-    def _open_shard(index: Path, file: str) -> Checkpoint:
+    def _open_shard(index: Location, file: str) -> Checkpoint:
         shard = index.parent / file
-        if not shard.is_file():
+        if not shard.exists():
             raise InputError(
                 f"{shard}: must exist, as {index.name} names it; got no such file. "
                 "Copy or download the missing shard."
@@ -220,15 +252,15 @@ class ShardedCheckpoint(Checkpoint):
         """See :meth:`Checkpoint.read_into`."""
         self._shards[name].read_into(name, start, out)
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
+    def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
         """See :meth:`Checkpoint.read`."""
-        return self._shards[name].read(name, start, stop)
+        return self._shards[name].read(name, start, stop, buffer)
 
     def tensor(self, name: str) -> Tensor:
         """See :meth:`Checkpoint.tensor`."""
         return self._shards[name].tensor(name)
 
-    def file_of(self, name: str) -> Path:
+    def file_of(self, name: str) -> Location:
         """Return the shard that holds a tensor."""
         return self._shards[name].file_of(name)
 
@@ -238,9 +270,11 @@ class ShardedCheckpoint(Checkpoint):
             shard.close()
 
 
-def _read_index(index: Path) -> tuple[dict[str, str], dict[str, str]]:
+def _read_index(index: Location) -> tuple[dict[str, str], dict[str, str]]:
     """Return the file of every tensor, and the metadata as text."""
     fix = "Copy or save the model again."
+    if isinstance(index, Path):
+        require_regular_file(index)
     try:
         content = parse_json(index.read_bytes())
     except (OSError, ValueError) as error:
@@ -259,20 +293,3 @@ def _read_index(index: Path) -> tuple[dict[str, str], dict[str, str]]:
     metadata = content.get("metadata")
     items = metadata.items() if isinstance(metadata, dict) else ()
     return files, {name: str(value) for name, value in items}
-
-
-def is_inside(file: str) -> bool:
-    """Return whether a relative path names something that lies below its folder.
-
-    Only the text is judged: the hub's cache consists of links to files elsewhere, which are fine.
-    """
-    parts = PurePosixPath(file).parts
-    windows = PureWindowsPath(file)
-    return (
-        bool(parts)
-        and ".." not in (*parts, *windows.parts)
-        and not PurePosixPath(file).is_absolute()
-        and not windows.drive
-        and not windows.root
-        and "\0" not in file
-    )

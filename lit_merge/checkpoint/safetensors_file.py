@@ -2,27 +2,28 @@
 
 A file is 8 bytes (little-endian length of the header), the header (JSON: name → dtype, shape and
 data_offsets relative to its end, and ``__metadata__``), then the data without gaps. The header is
-checked against the size of the file before anything is read, by the safetensors library and by us;
-elements then come by ``preadv`` straight into the caller's buffer, so a chunk costs only itself.
+checked against the size of the file before any data is read, at least as strictly as the
+safetensors library does it; elements then come by ``preadv`` straight into the caller's buffer, so
+a chunk costs only itself.
 
 See https://github.com/huggingface/safetensors#format.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from lit_merge.checkpoint.regular_file import open_regular_file, unreadable
 from lit_merge.checkpoint.tensor_source import Checkpoint, TensorInfo, check_range
 from lit_merge.errors import InputError
+from lit_merge.location import Location
 from lit_merge.strict_json import parse_json
 
 # The names of the format that torch has a type for; some came to torch after 2.6.
@@ -73,15 +74,10 @@ class SafetensorsFile(Checkpoint):
     """
 
     def __init__(self, path: Path) -> None:
-        try:
-            descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise InputError(
-                f"{path}: must be a file that can be read; got {error.strerror}. Check the path."
-            ) from error
+        descriptor = open_regular_file(path)
         self._descriptor = descriptor
         self._finalizer = weakref.finalize(self, os.close, descriptor)
-        self.path = path
+        self.path = self._file = path
         self.source = "safetensors"
         try:
             header = read_header(descriptor, path)
@@ -105,7 +101,10 @@ class SafetensorsFile(Checkpoint):
         buffer = out.view(torch.uint8).numpy().data
         position = self._offsets[name] + start * info.dtype.itemsize
         while buffer.nbytes:
-            count = os.preadv(self._descriptor, [buffer], position)
+            try:
+                count = os.preadv(self._descriptor, [buffer], position)
+            except OSError as error:
+                raise unreadable(self._file, error) from error
             if count == 0:
                 raise InputError(
                     f"{self.path}: tensor {name!r} must be whole; got the end of the file, which "
@@ -123,18 +122,67 @@ def read_header(descriptor: int, path: Path) -> Header:
     """Read and check the header of an open safetensors file.
 
     Raises:
-        InputError: For any bytes that are not a whole, well-formed safetensors file; nothing else.
+        InputError: For any bytes that are not a whole, well-formed safetensors file, and for a file
+            that cannot be read; nothing else.
     """
-    size = os.fstat(descriptor).st_size
-    prefix = os.pread(descriptor, 8, 0)
+    try:
+        return header_of(
+            os.fstat(descriptor).st_size,
+            lambda start, stop: os.pread(descriptor, stop - start, start),
+            path,
+        )
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def header_of(size: int, read: Callable[[int, int], bytes], path: Location) -> Header:
+    """Read and check the header of a safetensors file, wherever it is.
+
+    Args:
+        size: Of the file, in bytes.
+        read: Returns the bytes from the first position up to the second.
+        path: What messages call it.
+
+    Raises:
+        InputError: For any bytes that are not a whole, well-formed safetensors file.
+    """
+    prefix = read(0, min(8, size))
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > min(size - 8, _MAX_HEADER):
         raise InputError(
-            f"{path}: must be a whole safetensors file; got {size} bytes where the header should "
-            f"end at byte {8 + length}. {_FIX}"
+            f"{path}: must be a whole safetensors file; got {size} bytes where the header "
+            f"should end at byte {8 + length}. {_FIX}"
         )
+    text = read(8, 8 + length)
+    entries, metadata = _parse(text, path)
+    end = 0
+    for name, info, start in entries:
+        if start != end:
+            raise _malformed(
+                path, f"tensor {_short(name)} at byte {start} of the data where {end} is due"
+            )
+        end += info.nbytes
+    if 8 + length + end != size:
+        raise InputError(
+            f"{path}: must be a whole safetensors file of {8 + length + end} bytes; got {size} "
+            f"bytes. {_FIX}"
+        )
+    if not entries:
+        raise InputError(f"{path}: must hold tensors; got none. Save the model again.")
+    return Header(
+        infos={name: info for name, info, _ in entries},
+        offsets={name: 8 + length + start for name, _, start in entries},
+        metadata=metadata,
+    )
+
+
+def _parse(
+    text: bytes, path: Location
+) -> tuple[list[tuple[str, TensorInfo, int]], Mapping[str, str]]:
+    """Return name, info and first byte of every tensor in the order of the data, and metadata."""
     try:
-        fields = parse_json(os.pread(descriptor, length, 8))
+        # Decoded here, as json would guess UTF-16 or UTF-32, which the format does not allow.
+        fields = parse_json(text.decode())
     except ValueError as error:
         raise InputError(
             f"{path}: must have a header of JSON; got {error}. It is no safetensors file, or "
@@ -146,53 +194,32 @@ def read_header(descriptor: int, path: Path) -> Header:
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _malformed(path, "__metadata__ that is not text by name")
     entries = sorted((_entry(name, field, path) for name, field in fields.items()), key=_position)
-    end = 0
-    for name, info, start in entries:
-        if start != end:
-            raise _malformed(
-                path, f"tensor {name!r} at byte {start} of the data where {end} is due"
-            )
-        end += info.nbytes
-    if 8 + length + end != size:
-        raise InputError(
-            f"{path}: must be a whole safetensors file of {8 + length + end} bytes; got {size} "
-            f"bytes. {_FIX}"
-        )
-    if not entries:
-        raise InputError(f"{path}: must hold tensors; got none. Save the model again.")
-    _check_with_library(path)
-    return Header(
-        infos={name: info for name, info, _ in entries},
-        offsets={name: 8 + length + start for name, _, start in entries},
-        metadata=metadata,
-    )
+    return entries, metadata
 
 
-def _check_with_library(path: Path) -> None:
-    try:
-        with safe_open(str(path), framework="numpy"):
-            return
-    except Exception as error:  # the library names no base class of its errors
-        raise _malformed(path, str(error)) from error
-
-
-def _entry(name: str, field: object, path: Path) -> tuple[str, TensorInfo, int]:
+def _entry(name: str, field: object, path: Location) -> tuple[str, TensorInfo, int]:
     """Return name, info and first byte of one tensor."""
     if not isinstance(field, dict) or field.keys() != {"dtype", "shape", "data_offsets"}:
-        raise _malformed(path, f"tensor {name!r} without dtype, shape and data_offsets")
+        raise _malformed(path, f"tensor {_short(name)} without dtype, shape and data_offsets")
     dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise InputError(
-            f"{path}: tensor {name!r} must be of a type that torch {torch.__version__} can compute "
-            f"with; got {dtype!r}. Save it as F32, F16 or BF16."
+            f"{path}: tensor {_short(name)} must be of a type that torch {torch.__version__} can "
+            f"compute with; got {_short(dtype)}. Save it as F32, F16 or BF16."
         )
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
-        raise _malformed(path, f"tensor {name!r} with shape {shape!r} and data_offsets {offsets!r}")
-    info = TensorInfo(tuple(shape), DTYPES[dtype])
-    if math.prod(shape) * info.dtype.itemsize != offsets[1] - offsets[0]:
         raise _malformed(
             path,
-            f"tensor {name!r} with shape {shape!r}, {dtype}, in {offsets[1] - offsets[0]} bytes",
+            f"tensor {_short(name)} with shape {_short(shape)} and data_offsets {_short(offsets)}",
+        )
+    info = TensorInfo(tuple(shape), DTYPES[dtype])
+    if _too_large(info):
+        raise _malformed(path, f"tensor {_short(name)} with shape {_short(shape)}, too large")
+    if info.nbytes != offsets[1] - offsets[0]:
+        raise _malformed(
+            path,
+            f"tensor {_short(name)} with shape {_short(shape)}, {dtype}, in "
+            f"{offsets[1] - offsets[0]} bytes",
         )
     return name, info, offsets[0]
 
@@ -201,9 +228,25 @@ def _naturals(value: object) -> bool:
     return isinstance(value, list) and all(type(v) is int and 0 <= v < 2**63 for v in value)
 
 
+def _too_large(info: TensorInfo) -> bool:
+    """Return whether torch could not count its bytes, with 1 for a side that is 0 (as strides)."""
+    size = info.dtype.itemsize
+    for side in info.shape:
+        size *= max(side, 1)
+        if size >= 2**63:  # at once: a product of a million sides would take hours
+            return True
+    return False
+
+
 def _position(entry: tuple[str, TensorInfo, int]) -> tuple[int, int]:
     return entry[2], entry[1].nbytes  # an empty tensor stands before the one that shares its place
 
 
-def _malformed(path: Path, got: str) -> InputError:
+def _short(value: object) -> str:
+    """Return a value for a message, which a hostile file may not make as long as it likes."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:150]} … ({len(text)} characters)"
+
+
+def _malformed(path: Location, got: str) -> InputError:
     return InputError(f"{path}: must be a well-formed safetensors file; got {got}. {_FIX}")

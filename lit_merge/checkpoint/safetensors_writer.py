@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from lit_merge.checkpoint.safetensors_file import DTYPES
@@ -36,6 +35,8 @@ class SafetensorsWriter:
             :func:`lit_merge.output.new_folder`.
         infos: Shape and type of every tensor by name.
         metadata: Text by name for the header.
+        shared: Whether other processes, or an earlier run, write other tensors of the same file:
+            what is there stays, and nobody checks here that all is written.
 
     Raises:
         InputError: If the format has no such type, or the disk has no room.
@@ -46,18 +47,23 @@ class SafetensorsWriter:
         path: Path,
         infos: Mapping[str, TensorInfo],
         metadata: Mapping[str, str] | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
         self.path = path
         self.infos = dict(infos)
         self._written: dict[str, list[tuple[int, int]]] = {name: [] for name in infos}
         self._offsets, header, size = _layout(path, self.infos, dict(metadata or {}))
         free = shutil.disk_usage(path.parent).free
-        if size > free:
+        have = path.stat().st_blocks * 512 if shared and path.exists() else 0
+        if size > free + have:
             raise InputError(
                 f"{path}: must have {size:,} bytes free on its disk; got {free:,}. "
                 "Free some space, or name an output on another disk."
             )
-        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        flags = os.O_RDWR | os.O_CREAT | (0 if shared else os.O_TRUNC)
+        self._shared = shared
+        self._descriptor = os.open(path, flags, 0o666)
         self._finalizer = weakref.finalize(self, os.close, self._descriptor)
         os.truncate(self._descriptor, size)
         self._write_bytes(memoryview(header), 0)
@@ -79,7 +85,12 @@ class SafetensorsWriter:
             flat = values.detach().to(device="cpu", dtype=info.dtype).reshape(-1).contiguous()
             position = self._offsets[name] + start * info.dtype.itemsize
             self._write_bytes(flat.view(torch.uint8).numpy().data, position)
-        self._written[name].append((start, stop))
+        if not self._shared:
+            self._written[name].append((start, stop))
+
+    def sync(self) -> None:
+        """Wait until the disk has what was written."""
+        os.fsync(self._descriptor)
 
     def close(self) -> None:
         """Close the file.
@@ -88,7 +99,7 @@ class SafetensorsWriter:
             RuntimeError: If elements were not written.
         """
         self._finalizer()
-        for name, info in self.infos.items():
+        for name, info in self.infos.items() if not self._shared else ():
             end = 0
             for start, stop in sorted(self._written[name]):
                 if start > end:
@@ -123,7 +134,7 @@ class SafetensorsWriter:
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors into one safetensors file through the library.
+    """Write tensors into one safetensors file.
 
     Tensors that share memory (tied weights, views) are each written in full, under every name.
 
@@ -133,21 +144,14 @@ def save_tensors(
         metadata: Text by name for the header.
 
     Raises:
-        InputError: If there is no tensor, or one that the format cannot hold.
+        InputError: If there is no tensor, or one that the format cannot hold, or the disk has no
+            room.
     """
     require_tensors(tensors, path)
-    seen: set[int] = set()
-    whole: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        dtype_name(tensor.dtype, name, path)
-        value = tensor.detach().cpu().contiguous()
-        storage = value.untyped_storage()
-        # The library refuses two names on one memory, and a part of a larger one.
-        if storage.data_ptr() in seen or storage.nbytes() != value.nbytes:
-            value = value.clone()
-        seen.add(value.untyped_storage().data_ptr())
-        whole[name] = value
-    save_file(whole, str(path), metadata=dict(metadata or {}) or None)
+    infos = {name: TensorInfo(tuple(t.shape), t.dtype) for name, t in tensors.items()}
+    with SafetensorsWriter(path, infos, metadata) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, 0, tensor)
 
 
 def dtype_name(dtype: torch.dtype, name: str, path: Path) -> str:

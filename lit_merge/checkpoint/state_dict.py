@@ -211,6 +211,9 @@ def fingerprint(checkpoint: Checkpoint | Mapping[str, Tensor]) -> str:
         not: it guards against mistakes, not against forgery.
     """
     source = checkpoint if isinstance(checkpoint, Checkpoint) else StateDict(checkpoint)
+    known = source.digest()
+    if known is not None:
+        return known
     shared = _shared_prefix(source)
     digest = hashlib.sha256()
     for name in sorted(source):

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import InputError
+from lit_merge.location import Location
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,13 +55,13 @@ class Checkpoint(ABC):
 
     Attributes:
         path: The file, or the folder of its shards.
-        source: "lightning", "safetensors", "huggingface", "torch" or "memory".
+        source: "lightning", "safetensors", "huggingface", "torch", "adapter" or "memory".
         metadata: What the file says about itself. ``metadata["weights"]`` is "averaged" or "raw"
             for a Lightning checkpoint that holds both.
         infos: Shape and type by name, in the order of the file.
     """
 
-    path: Path
+    path: Location
     source: str
     metadata: Mapping[str, str]
     infos: Mapping[str, TensorInfo]
@@ -78,10 +79,22 @@ class Checkpoint(ABC):
             InputError: If the file cannot be read (any more).
         """
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
-        """Return the flat elements ``start:stop``, 1-D, in the tensor's own type."""
-        check_range(self.infos[name], name, start, stop)
-        out = torch.empty(stop - start, dtype=self.infos[name].dtype)
+    def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
+        """Return the flat elements ``start:stop``, 1-D, in the tensor's own type.
+
+        Args:
+            name: The tensor.
+            start: The first element.
+            stop: The one after the last.
+            buffer: Bytes (uint8, contiguous) that may be used, and used again once the elements
+                are no longer needed. What is in memory already is returned as a view of it.
+        """
+        info = self.infos[name]
+        check_range(info, name, start, stop)
+        if buffer is None:
+            out = torch.empty(stop - start, dtype=info.dtype)
+        else:
+            out = buffer[: (stop - start) * info.dtype.itemsize].view(info.dtype)
         self.read_into(name, start, out)
         return out
 
@@ -90,9 +103,16 @@ class Checkpoint(ABC):
         info = self.infos[name]
         return self.read(name, 0, info.numel).reshape(info.shape)
 
-    def file_of(self, name: str) -> Path:
+    def file_of(self, name: str) -> Location:
         """Return the file that holds a tensor, for messages."""
         return self.path
+
+    def digest(self) -> str | None:
+        """Return what tells these tensors from others where that is not their values, or None.
+
+        Values that are computed as they are read differ in their last bits from machine to machine.
+        """
+        return None
 
     def close(self) -> None:  # noqa: B027 - in memory there is nothing to close
         """Release the files; nothing can be read afterwards."""
@@ -146,7 +166,7 @@ class StateDict(Checkpoint):
         """Copy from memory; see :meth:`Checkpoint.read_into`."""
         out.copy_(self.read(name, start, start + out.numel()))
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
+    def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
         """Return a view where the tensor is contiguous; see :meth:`Checkpoint.read`."""
         check_range(self.infos[name], name, start, stop)
         value = self._state[name]
@@ -195,17 +215,21 @@ class RenamedCheckpoint(Checkpoint):
         """See :meth:`Checkpoint.read_into`."""
         self._checkpoint.read_into(self._stored[name], start, out)
 
-    def read(self, name: str, start: int, stop: int) -> Tensor:
+    def read(self, name: str, start: int, stop: int, buffer: Tensor | None = None) -> Tensor:
         """See :meth:`Checkpoint.read`."""
-        return self._checkpoint.read(self._stored[name], start, stop)
+        return self._checkpoint.read(self._stored[name], start, stop, buffer)
 
     def tensor(self, name: str) -> Tensor:
         """See :meth:`Checkpoint.tensor`."""
         return self._checkpoint.tensor(self._stored[name])
 
-    def file_of(self, name: str) -> Path:
+    def file_of(self, name: str) -> Location:
         """See :meth:`Checkpoint.file_of`."""
         return self._checkpoint.file_of(self._stored[name])
+
+    def digest(self) -> str | None:
+        """See :meth:`Checkpoint.digest`."""
+        return self._checkpoint.digest()
 
     def close(self) -> None:
         """Close the checkpoint that is viewed."""

@@ -92,8 +92,10 @@ COMMANDS: tuple[Command, ...] = (
             ("--checkpoint PATH", "the weights: checkpoint file, Hugging Face or expert folder"),
             ("--output FOLDER", "the expert folder to write"),
             ("--max_examples N", "a random subset of so many examples"),
-            ("--estimator NAME", "exact (the Fisher information) or hutchinson (the Hessian)"),
+            ("--estimator NAME", "exact (the Fisher information), hutchinson (Hessian) or none"),
             ("--labels NAME", "sampled, expected (over all classes) or observed"),
+            ("--gram true", "gather the layers' Gram matrices as well: for RegMean"),
+            ("--kronecker true", "gather Kronecker factors as well: for MaTS"),
             _TRAINER,
             _REPLACE,
         ),
@@ -117,6 +119,28 @@ COMMANDS: tuple[Command, ...] = (
             _REPLACE,
         ),
         example="lit-merge merge --config configs/merge.yaml --method TIES --method.density 0.2",
+    ),
+    Command(
+        name="forecast",
+        summary="say what a merge will cost each task, from curvature alone, without data",
+        function="lit_merge.cli.forecast:main",
+        usage="--config FILE [options]",
+        text="Takes the YAML of merge, reads base, experts and Hessians once, and writes no model: "
+        "the expected increase of every task's loss, by layer and over scales, and the scale of "
+        "the least total. A first guess: its sizes are too small, often by orders of "
+        "magnitude.",
+        options=(
+            _CONFIG,
+            ("--method CLASS", "the planned method; any that merge takes"),
+            ("--method.NAME VALUE", "an argument of the method"),
+            ("--scales LIST", "the scales of the curve: [0,0.2,0.4]"),
+            ("--weighting WORD", "mean: every task counts alike; sum: every training example does"),
+            ("--output FILE", "the .json file to write; a merge's folder here is left alone"),
+            ("--plot FILE", "the picture to write: .png, .svg or .pdf"),
+            ("--json", "print the forecast as JSON instead of tables"),
+            _REPLACE,
+        ),
+        example="lit-merge forecast --config configs/merge.yaml --plot forecast.png",
     ),
     Command(
         name="correct",

@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
         name: options[name]
         for name in (
             *("checkpoint", "output", "weights", "estimator", "labels", "samples", "reduction"),
-            *("max_examples", "parameters", "sites", "max_activation_examples", "batch_size"),
+            *("max_examples", "parameters", "gram", "kronecker", "sites"),
+            *("max_activation_examples", "batch_size"),
             *("task", "save_every", "replace"),
         )
     }
@@ -57,7 +58,7 @@ def main(argv: Sequence[str]) -> int:
     )
     if trainer.is_global_zero:
         print(f"expert: {path}")
-        quality = read_info(path / "expert.json").details["curvature"].get("quality")
-        if quality is not None:
+        quality = read_info(path / "expert.json").details.get("curvature", {}).get("quality")
+        if quality is not None and options["estimator"] != "none":
             print(f"curvature: {in_words(quality)}")
     return 0

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lit_merge.checkpoint import Checkpoint, open_state_dict, unwrapped
+from lit_merge.checkpoint import Checkpoint, fingerprint, open_state_dict, unwrapped
 from lit_merge.checkpoint.tensor_source import require_tensors
 from lit_merge.errors import InputError
 from lit_merge.expert.info import ExpertInfo
@@ -60,6 +60,39 @@ def check_names(info: ExpertInfo, weights: Checkpoint) -> None:
                 f"{key}: must be names of the weights; got {listed(unknown)}. "
                 "Use the names of module.named_parameters()."
             )
+
+
+def check_owners(
+    artifacts: Sequence[Checkpoint], info: ExpertInfo, weights: Checkpoint
+) -> tuple[str, ...]:
+    """Check that what was measured was measured on these weights.
+
+    Args:
+        artifacts: Each with a fingerprint in its metadata, or that of the info.
+        info: Of the expert.
+        weights: Whose fingerprint is taken, once, if there is any to compare with.
+
+    Returns:
+        A note for each artifact of which nothing says whose it is.
+
+    Raises:
+        InputError: One belongs to other weights.
+    """
+    notes, found = [], None
+    for artifact in artifacts:
+        owner = artifact.metadata.get("fingerprint", info.fingerprint)
+        if owner is None:
+            notes.append(f"{artifact.path}: no expert.json: curvature taken as it is")
+            continue
+        found = found or fingerprint(weights)
+        if owner != found:
+            diagonal = artifact.path.name not in ("gram.safetensors", "kronecker.safetensors")
+            fix = 'Run "lit-merge curvature" on' if diagonal else "Gather it again on"
+            raise InputError(
+                f"{artifact.path}: belongs to weights {owner[:8]}…, but {weights.path} is "
+                f"{found[:8]}…. {fix} these weights."
+            )
+    return tuple(notes)
 
 
 def check_finite(tensors: Mapping[str, Tensor], what: str, fix: str) -> None:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from lit_merge.checkpoint import is_inside
+from lit_merge.checkpoint.regular_file import require_regular_file
 from lit_merge.errors import InputError
+from lit_merge.location import Location
 from lit_merge.strict_json import parse_json
 
 FORMAT_VERSION = 1
@@ -41,7 +43,7 @@ class ExpertInfo:
         head_parameters: Names of the parameters of the task's head.
         frozen_parameters: Names of the parameters that the training did not change.
         tied_parameters: Groups of names that are one tensor.
-        weights: File or folder with the weights, inside the expert folder.
+        weights: File or folder with the weights, inside the expert folder; "." for the folder.
         versions: Of lit_merge, torch and lightning; filled in by :func:`write_expert`.
         details: Anything else, as JSON: settings of the estimator, class of the module.
 
@@ -85,7 +87,7 @@ class ExpertInfo:
         tied = tuple(_names(group, "tied_parameters") for group in groups)
         object.__setattr__(self, "tied_parameters", tied)
         _require(
-            isinstance(self.weights, str) and is_inside(self.weights),
+            isinstance(self.weights, str) and (self.weights == "." or is_inside(self.weights)),
             "weights",
             "a path inside the expert folder",
             self.weights,
@@ -110,12 +112,14 @@ class ExpertInfo:
             ) from error
 
 
-def read_info(path: Path) -> ExpertInfo:
+def read_info(path: Location) -> ExpertInfo:
     """Read ``expert.json``.
 
     Raises:
         InputError: If the file is damaged, of another format version, or has an unknown entry.
     """
+    if isinstance(path, Path):
+        require_regular_file(path)
     try:
         content = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:

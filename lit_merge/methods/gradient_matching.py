@@ -84,15 +84,34 @@ def match_gradients(
         The authors' script divides without a guard and has one scale for all tasks.
     """
     precision = merged_precision(hessians, base_hessian, scales)
-    fallback = without_precision(hessians, base_hessian, scales) | (precision == 0)
-    return add_task_vectors(
-        base,
-        experts,
-        [
-            torch.where(fallback, scale, scale * ((hessian + base_hessian) / precision))
-            for hessian, scale in zip(hessians, scales, strict=True)
-        ],
-    )
+    if len(experts) == 1:
+        share = (hessians[0] + base_hessian).div_(precision).mul_(scales[0])
+        merged = torch.lerp(base, experts[0], share)
+    else:
+        merged = torch.zeros_like(base)
+        weight, vector = torch.empty_like(base), torch.empty_like(base)
+        for expert, hessian, scale in zip(experts, hessians, scales, strict=True):
+            torch.add(hessian, base_hessian, out=weight)
+            merged.addcmul_(torch.sub(expert, base, out=vector), weight, value=scale)
+        merged.div_(precision).add_(base)
+    unsure = _fallback(hessians, base_hessian, scales, precision)
+    if unsure is None:
+        return merged
+    return torch.where(unsure, add_task_vectors(base, experts, scales), merged)
+
+
+def _fallback(
+    hessians: Sequence[Tensor],
+    base_hessian: Tensor | float,
+    scales: Sequence[float],
+    precision: Tensor,
+) -> Tensor | None:
+    """Return where task arithmetic has to stand in, a mask, or None where it is nowhere."""
+    if min(scales) < 0:
+        return without_precision(hessians, base_hessian, scales) | (precision == 0)
+    if not precision.numel() or bool(precision.min() > 0):
+        return None
+    return precision == 0
 
 
 @dataclass(frozen=True)
@@ -213,7 +232,7 @@ class GradientMatching(MergeMethod):
         return without_precision(p.require_hessians(), self._base_hessian(p), self._scales(p.tasks))
 
     def _refuse(self, p: ParameterSlice) -> None:
-        if self.guard == "raise":
+        if self.guard == "raise" and min(self._scales(p.tasks)) < 0:
             lost = self._without_precision(p)
             if lost.any():
                 raise _no_precision(p.name, int(lost.sum()), lost.numel())

@@ -11,6 +11,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
 from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
@@ -21,7 +22,7 @@ from lit_merge.errors import InputError
 
 @dataclass(frozen=True)
 class ParameterSlice:
-    """The same elements of one tensor from every model.
+    r"""The same elements of one tensor from every model.
 
     Args:
         name: The tensor's name in the base.
@@ -86,11 +87,18 @@ R = TypeVar("R")
 class LookAtAll(Protocol):
     """Starts a pass over all merged tensors each time it is called."""
 
-    def __call__(self, look: Callable[[ParameterSlice], R]) -> Iterable[tuple[str, R]]:
+    def __call__(
+        self, look: Callable[[ParameterSlice], R], every: int = 1
+    ) -> Iterable[tuple[str, R]]:
         """Return the tensor's name and what ``look`` found, slice by slice, in the tensors' order.
 
         The slices of one tensor follow one another. ``look`` is called from several threads at
         once and must keep nothing of a slice: its memory is used again.
+
+        Args:
+            look: Takes a slice.
+            every: Look at every so-manieth slice of each tensor only, from its first on: a sample,
+                for which the others are not read.
         """
 
 
@@ -98,8 +106,10 @@ def looking_at(slices: Iterable[ParameterSlice]) -> LookAtAll:
     """Return passes over slices that are at hand."""
     pieces = tuple(slices)
 
-    def look_at_all(look: Callable[[ParameterSlice], R]) -> Iterable[tuple[str, R]]:
-        return ((p.name, look(p)) for p in pieces)
+    def look_at_all(look: Callable[[ParameterSlice], R], every: int = 1) -> Iterable[tuple[str, R]]:
+        for _, tensor in groupby(pieces, key=lambda p: p.name):
+            for p in islice(tensor, 0, None, every):
+                yield p.name, look(p)
 
     return look_at_all
 
@@ -113,17 +123,33 @@ class MergeMethod(ABC):
     Attributes:
         elementwise: Whether an element of the result depends on the same element of the inputs
             only (and on the survey's fact). Such a method gets flat chunks; others whole tensors.
-        needs: What a slice must hold besides the experts: a subset of ``{"base", "hessian",
-            "gram", "kronecker"}``. Grams and Kronecker factors come with whole tensors only.
         carries_nan: Whether a NaN or an infinity in any input always makes the result NaN or
             infinite in the same place, so that looking at the result is enough.
         masks: Whether the method gives a model per task, as the shared result and a mask.
     """
 
     elementwise: ClassVar[bool] = True
-    needs: ClassVar[frozenset[str]] = frozenset()
     carries_nan: ClassVar[bool] = False
     masks: ClassVar[bool] = False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What a slice must hold besides the experts.
+
+        A subset of ``{"base", "hessian", "gram", "kronecker"}``. Grams and Kronecker factors come
+        with whole tensors only. Most methods need the same whatever their settings are, and say
+        so with a class variable.
+        """
+        return frozenset()
+
+    @property
+    def linear_in_scale(self) -> bool:
+        """Whether the result is the base plus the setting ``scale`` times what has no scale in it.
+
+        A forecast is then a parabola in the scale. Scales by task count as one that is common to
+        them. Most methods say so with a class variable.
+        """
+        return False
 
     def check_tasks(self, tasks: Sequence[str]) -> None:  # noqa: B027 (most have nothing to check)
         """Check settings that name tasks or depend on their number, before any data is read.
@@ -208,4 +234,12 @@ def add_task_vectors(
     """
     if len(experts) == 1:
         return torch.lerp(base, experts[0], coefficients[0])
-    return base + weighted_sum([expert - base for expert in experts], coefficients)
+    total = (experts[0] - base).mul_(coefficients[0])
+    vector = torch.empty_like(total)  # one for all experts: it stays in the cache
+    for expert, coefficient in zip(experts[1:], coefficients[1:], strict=True):
+        torch.sub(expert, base, out=vector)
+        if isinstance(coefficient, Tensor):
+            total.addcmul_(vector, coefficient)
+        else:
+            total.add_(vector, alpha=coefficient)
+    return total.add_(base)

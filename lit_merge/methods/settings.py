@@ -39,6 +39,18 @@ def check_number(
         raise InputError(f"{setting}: must be a finite number{bounds}; got {value!r}. Correct it.")
 
 
+def check_count(setting: str, value: object) -> None:
+    """Check a whole number of at least 1.
+
+    Raises:
+        InputError: It is none.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise InputError(
+            f"{setting}: must be a whole number of at least 1; got {value!r}. Correct it."
+        )
+
+
 def check_choice(setting: str, value: object, choices: Sequence[str]) -> None:
     """Check that a setting is one of a few words.
 

@@ -31,6 +31,7 @@ class TaskArithmetic(MergeMethod):
 
     needs: ClassVar[frozenset[str]] = frozenset({"base"})
     carries_nan: ClassVar[bool] = True
+    linear_in_scale: ClassVar[bool] = True
 
     scale: float | Mapping[str, float] = 1.0
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lit_merge.methods.method import (
-    LookAtAll,
-    MergeMethod,
-    ParameterSlice,
-    add_task_vectors,
-    looking_at,
+from lit_merge.methods.election import Divide, Sign, Weigh, elected_task_vector
+from lit_merge.methods.method import LookAtAll, MergeMethod, ParameterSlice, looking_at
+from lit_merge.methods.order_statistics import (
+    Scope,
+    Thresholds,
+    group_of,
+    kth_magnitudes,
+    trimmed,
 )
-from lit_merge.methods.settings import check_choice, check_number
-
-_HIGH_BINS = 1 << 15  # a magnitude's sign bit is zero: 15 of the high 16 bits remain
-_LOW_BINS = 1 << 16
+from lit_merge.methods.settings import check_choice, check_number, check_numbers, per_task
 
 
 def elect_and_merge(
@@ -28,129 +27,60 @@ def elect_and_merge(
     thresholds: Sequence[float],
     *,
     scale: float,
-    sign: Literal["total", "frequency"],
+    weights: Sequence[float],
+    sign: Sign = "total",
+    weigh: Weigh = "values",
+    divide: Divide = "count",
 ) -> Tensor:
-    r"""Return the base plus the scaled disjoint mean of the trimmed task vectors.
-
-    Entries :math:`|τ_t|` below the expert's threshold count as zero. The elected sign of an entry
-    is that of the sum of what is left (``"total"``), or of most experts (``"frequency"``); where
-    both are even, plus. The mean is over the experts whose entry has the elected sign.
+    r"""Return the base plus the scaled mean of the trimmed task vectors of the elected sign.
 
     Args:
         base: :math:`θ_0`.
         experts: :math:`θ_t`, of the base's shape and dtype.
-        thresholds: The least magnitude that is kept, per expert.
+        thresholds: The least magnitude that is kept, per expert; smaller ones count as zero.
         scale: What the mean is multiplied with.
-        sign: How the sign is elected.
+        weights: :math:`w_t`, one per expert.
+        sign: See :func:`lit_merge.methods.election.elected_task_vector`.
+        weigh: See there.
+        divide: See there.
+
+    Note:
+        One expert of weight one is interpolated, so that it comes back bit for bit where scale is
+        one and nothing is trimmed.
     """
-    trimmed = []
-    for expert, threshold in zip(experts, thresholds, strict=True):
-        vector = expert - base
-        trimmed.append(torch.where(_magnitude(vector) >= threshold, vector, 0))
-    votes = torch.stack(trimmed)
-    if sign == "frequency":
-        votes = votes.sign()
-    elected = torch.where(votes.sum(dim=0) >= 0, 1.0, -1.0).to(base.dtype)
-    agree = [(vector.sign() == elected).to(base.dtype) for vector in trimmed]
-    share = scale / torch.stack(agree).sum(dim=0).clamp(min=1)
-    return add_task_vectors(base, experts, [share * kept for kept in agree])
-
-
-def magnitude_thresholds(
-    look_at_all: LookAtAll, density: float, group: Callable[[str], str]
-) -> dict[str, tuple[float, ...]]:
-    r"""Return the k-th largest :math:`|τ_t|` of every group of tensors, exactly, per expert.
-
-    k is ⌊density·n⌋ of the group's n entries. Two passes of radix selection over the bit patterns
-    of the float32 magnitudes, which order as the numbers do: the first counts the high 16 bits,
-    the second the low 16 bits within the bin that the k-th falls into. Memory is a few histograms
-    per group at any model size.
-
-    Args:
-        look_at_all: Starts a pass.
-        density: The share to keep, 0 to 1.
-        group: Names the group of a tensor.
-
-    Returns:
-        Thresholds per expert by group: entries of at least that magnitude are kept. Infinity
-        where k is zero. Magnitudes that equal the k-th are all kept, so that the result does not
-        depend on any order.
-    """
-
-    def high_bits(p: ParameterSlice) -> list[Tensor]:
-        return [
-            torch.bincount(bits >> 16, minlength=_HIGH_BINS).cpu() for bits in _bit_patterns(p)
-        ]
-
-    bins = {
-        name: [_from_the_top(counts, int(density * int(counts.sum()))) for counts in histograms]
-        for name, histograms in _totals(look_at_all(high_bits), group).items()
-    }
-
-    def low_bits(p: ParameterSlice) -> list[Tensor]:
-        return [
-            torch.bincount(bits[bits >> 16 == high] & 0xFFFF, minlength=_LOW_BINS).cpu()
-            for bits, (high, _) in zip(_bit_patterns(p), bins[group(p.name)], strict=True)
-        ]
-
-    thresholds: dict[str, tuple[float, ...]] = {}
-    for name, histograms in _totals(look_at_all(low_bits), group).items():
-        found = [
-            (high << 16) + _from_the_top(counts, rank)[0] if rank else _INFINITY
-            for counts, (high, rank) in zip(histograms, bins[name], strict=True)
-        ]
-        thresholds[name] = tuple(
-            torch.tensor(found, dtype=torch.int32).view(torch.float32).tolist()
-        )
-    return thresholds
-
-
-_INFINITY = 0x7F800000  # float32's bit pattern of it
-
-
-def _magnitude(vector: Tensor) -> Tensor:
-    # float32 also for float64 slices: the survey and the merge must order entries alike.
-    return vector.abs().to(torch.float32)
-
-
-def _bit_patterns(p: ParameterSlice) -> list[Tensor]:
-    base = p.require_base()
-    return [_magnitude(expert - base).view(torch.int32).flatten() for expert in p.experts]
-
-
-def _totals(
-    found: Iterable[tuple[str, list[Tensor]]], group: Callable[[str], str]
-) -> dict[str, list[Tensor]]:
-    """Return the sums of the slices' histograms, per expert by group."""
-    totals: dict[str, list[Tensor]] = {}
-    for name, histograms in found:
-        mine = totals.setdefault(group(name), [torch.zeros_like(counts) for counts in histograms])
-        for total, counts in zip(mine, histograms, strict=True):
-            total += counts
-    return totals
-
-
-def _from_the_top(histogram: Tensor, rank: int) -> tuple[int, int]:
-    """Return the bin that holds the rank-th largest entry and its rank within that bin."""
-    if rank == 0:
-        return len(histogram) - 1, 0
-    above = histogram.flip(0).cumsum(0)
-    position = int(torch.searchsorted(above, rank))
-    before = int(above[position - 1]) if position else 0
-    return len(histogram) - 1 - position, rank - before
+    vectors = (
+        trimmed(expert - base, threshold)
+        for expert, threshold in zip(experts, thresholds, strict=True)
+    )
+    if len(experts) == 1 and (weights[0] == 1 or (divide == "weights" and weights[0] > 0)):
+        return torch.lerp(base, experts[0], next(vectors).sgn().abs_().mul_(scale))
+    merged = elected_task_vector(vectors, weights, sign=sign, weigh=weigh, divide=divide)
+    return torch.add(base, merged, alpha=scale)
 
 
 @dataclass(frozen=True)
 class TIES(MergeMethod):
-    """Trim, elect sign, and merge.
+    r"""Trim, elect sign, and merge.
+
+    .. math:: θ = θ_0 + λ \frac{\sum_{t ∈ A} w_t \hat τ_t}{|A|}, \quad
+        A = \{t : \operatorname{sgn} \hat τ_t = \operatorname{sgn} \sum_s \hat τ_s ≠ 0\}
+
+    entry by entry, with :math:`\hat τ_t` the task vector without its small entries.
 
     Args:
         density: The share of each task vector's entries to keep, the largest in magnitude: 0 to 1.
-        scale: What the merged task vector is multiplied with before it is added to the base.
+        scale: :math:`λ`, what the merged task vector is multiplied with.
         scope: Whether that share is of the whole task vector over all merged tensors
             (``"global"``, as in the paper) or of every tensor on its own (``"tensor"``).
         sign: Whether entries elect their sign by their sum (``"total"``, as in the paper) or by
-            one vote each (``"frequency"``).
+            one vote each (``"frequency"``). Where both signs are even, plus is elected.
+        weights: :math:`w_t`, by task name or in the experts' order; None for ones.
+        weigh: Whether the weights come after the election (``"values"``) or before it
+            (``"votes"``).
+        divide: What the sum of the elected is divided by: their number (``"count"``, as in the
+            paper), the sum of their weights (``"weights"``), or nothing (``"none"``).
+        keep: How many of n entries that share is: ⌊density·n⌋ (``"floor"``) or one more
+            (``"floor+1"``, as in the authors' code).
 
     Raises:
         InputError: A number is out of its range or a word unknown.
@@ -159,39 +89,66 @@ class TIES(MergeMethod):
         Yadav et al. (2023), arXiv:2306.01708.
 
     Note:
-        ⌊density·n⌋ entries are kept, plus those that equal the smallest kept one; the authors'
-        code keeps one more. Which those are is a fact of whole tensors, found by a survey before
-        the merge, so that chunks and shards can be merged in either scope. A slice merged without
-        a survey counts as the whole task vector. Magnitudes are compared in float32.
+        Entries that equal the smallest kept one are all kept, so that the result does not depend
+        on any order. Which that is is a fact of whole tensors, found by a survey before the merge,
+        so that chunks and shards can be merged in either scope. A slice merged without a survey
+        counts as the whole task vector. Magnitudes are compared in float32. The authors' code
+        elects for entries whose sum is exactly zero what most entries of the model elect; here it
+        is plus.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"base"})
+    carries_nan: ClassVar[bool] = True
+    linear_in_scale: ClassVar[bool] = True
 
     density: float = 0.2
     scale: float = 1.0
-    scope: Literal["global", "tensor"] = "global"
-    sign: Literal["total", "frequency"] = "total"
+    scope: Scope = "global"
+    sign: Sign = "total"
+    weights: Mapping[str, float] | Sequence[float] | None = None
+    weigh: Weigh = "values"
+    divide: Divide = "count"
+    keep: Literal["floor", "floor+1"] = "floor"
 
     def __post_init__(self) -> None:
         check_number("TIES.density", self.density, low=0, high=1)
         check_number("TIES.scale", self.scale)
         check_choice("TIES.scope", self.scope, ("global", "tensor"))
         check_choice("TIES.sign", self.sign, ("total", "frequency"))
+        if self.weights is not None:
+            check_numbers("TIES.weights", self.weights)
+        check_choice("TIES.weigh", self.weigh, ("values", "votes"))
+        check_choice("TIES.divide", self.divide, ("count", "weights", "none"))
+        check_choice("TIES.keep", self.keep, ("floor", "floor+1"))
 
-    def survey(self, look_at_all: LookAtAll) -> Mapping[str, tuple[float, ...]]:
-        """Find every expert's thresholds, in two passes."""
-        return magnitude_thresholds(look_at_all, self.density, self._group)
+    def check_tasks(self, tasks: Sequence[str]) -> None:
+        """Check that there is a weight for every task."""
+        self._weights(tasks)
+
+    def survey(self, look_at_all: LookAtAll) -> Thresholds:
+        """Find every expert's threshold: a sample, and a pass or two."""
+        more = 1 if self.keep == "floor+1" else 0
+
+        def rank(size: int) -> tuple[int]:
+            return (min(int(self.density * size) + more, size),)
+
+        return kth_magnitudes(look_at_all, rank, self.scope)
 
     def __call__(self, p: ParameterSlice) -> Tensor:
         """Merge one slice."""
-        fact = self.survey(looking_at([p])) if p.fact is None else p.fact
+        base = p.require_base()
+        fact: Thresholds = self.survey(looking_at([p])) if p.fact is None else p.fact
+        thresholds = fact[group_of(p.name, self.scope)]
         return elect_and_merge(
-            p.require_base(),
+            base,
             p.experts,
-            fact[self._group(p.name)],
+            [threshold for (threshold,) in thresholds],
             scale=self.scale,
+            weights=self._weights(p.tasks),
             sign=self.sign,
+            weigh=self.weigh,
+            divide=self.divide,
         )
 
-    def _group(self, name: str) -> str:
-        return name if self.scope == "tensor" else ""
+    def _weights(self, tasks: Sequence[str]) -> tuple[float, ...]:
+        return per_task("TIES.weights", 1.0 if self.weights is None else self.weights, tasks)

@@ -12,15 +12,20 @@ import torch
 from torch import Tensor
 
 from lit_merge.checkpoint import (
+    AdapterCheckpoint,
     Checkpoint,
     RenamedCheckpoint,
     alignment,
     fingerprint,
     open_state_dict,
+    require_no_factors,
 )
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo, open_expert
+from lit_merge.expert.factors import factor_names
+from lit_merge.location import Location, RemotePath, locate
 from lit_merge.streaming.inputs import MergeInputs
+from lit_merge.strict_json import parse_json
 
 # Parts of a path that Lightning and people give to every run alike, and which name no task.
 _NO_TASK = re.compile(
@@ -34,13 +39,13 @@ _SUFFIXES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
 def open_inputs(
     base: str | Path | None,
     experts: Mapping[str, str | Path],
-    base_hessian: str | Path | None,
+    base_hessian: str | Path | RemotePath | None,
 ) -> Iterator[MergeInputs]:
     """Open files and folders for a merge, and close them afterwards.
 
     Args:
         base: A checkpoint or expert folder, or None.
-        experts: Expert folders or checkpoints by task name.
+        experts: Expert folders or checkpoints by task name, or PEFT LoRA adapters of the base.
         base_hessian: A Hessian file, or a folder with one; it must belong to the base's weights.
 
     Raises:
@@ -60,21 +65,36 @@ def open_inputs(
             opened = open_expert(base, hessian=base_hessian)
             stack.callback(opened.close)
             opened_base = opened.weights
+            require_no_factors(opened_base)
             prior = opened.hessian if base_hessian is not None else None
             notes += opened.notes if prior is not None else ()
         weights: dict[str, Checkpoint] = {}
         hessians: dict[str, Checkpoint] = {}
         infos: dict[str, ExpertInfo] = {}
         fingerprints: dict[str, str] = {}
+        grams: dict[str, Checkpoint] = {}
+        kronecker: dict[str, Checkpoint] = {}
+        merges: dict[str, int] = {}
         reference = opened_base
         for task, path in experts.items():
-            expert = open_expert(path)
+            expert = open_expert(path, base=opened_base)
             stack.callback(expert.close)
+            require_no_factors(expert.weights)
             reference = expert.weights if reference is None else reference
             names = alignment(expert.weights, reference)
-            weights[task] = RenamedCheckpoint(expert.weights, names)
+            is_adapter = isinstance(expert.weights, AdapterCheckpoint)  # under the base's names
+            weights[task] = (
+                expert.weights if is_adapter else RenamedCheckpoint(expert.weights, names)
+            )
             if expert.hessian is not None:
                 hessians[task] = RenamedCheckpoint(expert.hessian, names)
+            if expert.gram is not None:
+                grams[task] = RenamedCheckpoint(expert.gram, names)
+            if expert.kronecker is not None:
+                kronecker[task] = RenamedCheckpoint(expert.kronecker, factor_names(names))
+            leaves = merged_experts(path)
+            if leaves is not None:
+                merges[task] = leaves
             infos[task] = _renamed(expert.info, names)
             fingerprints[task] = fingerprint(expert.weights)
             notes += expert.notes
@@ -87,7 +107,29 @@ def open_inputs(
             fingerprints=fingerprints,
             base_fingerprint=None if opened_base is None else fingerprint(opened_base),
             notes=tuple(notes),
+            grams=grams,
+            kronecker=kronecker,
+            merges=merges,
         )
+
+
+def merged_experts(path: str | Path) -> int | None:
+    """Return how many experts a merged folder is made of; None for what is no merged folder.
+
+    Raises:
+        InputError: Its merge.json is damaged.
+    """
+    file = locate(path) / "merge.json"
+    if not file.is_file():
+        return None
+    try:
+        content = parse_json(file.read_bytes())
+        return int(content.get("leaves", len(content["tasks"])))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{file}: must hold the record of a merge; got a damaged one "
+            f"({type(error).__name__}: {error}). Merge again."
+        ) from error
 
 
 def inputs_in_memory(
@@ -202,9 +244,10 @@ def _task_of(path: str | Path) -> str:
     )
 
 
-def _hessian_file(path: str | Path) -> Path:
-    if not Path(path).is_dir():
-        return Path(path)
+def _hessian_file(path: str | Path | RemotePath) -> Location:
+    named = locate(path)
+    if not named.is_dir():
+        return named
     expert = open_expert(path)
     expert.close()
     if expert.hessian is None:

@@ -8,21 +8,18 @@ has.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
-from torch import Tensor
 
 from lit_merge.checkpoint import TensorInfo
 from lit_merge.errors import InputError
 from lit_merge.methods import MergeMethod
 from lit_merge.parameters import ParametersPolicy, TensorPlan, plan_tensors
 from lit_merge.streaming.inputs import MergeInputs
-
-CHUNK = 1 << 18
-"""Elements that are read, merged and written at a time: small enough for the cache, large enough
-that the calls do not count."""
+from lit_merge.streaming.overrides import Override, methods_of, with_rules
+from lit_merge.streaming.pieces import Piece, chunks, pieces_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class MergePlan:
         tensors: A plan per tensor, as :func:`lit_merge.parameters.plan_tensors` returns them.
         infos: What the merged model will hold, in order.
         heads: What will be written for each task that has tensors of its own.
+        methods: What computes each tensor that is merged, by name.
         followers: Names of the tensors that are tied to a tensor, by that tensor's name.
         as_is: Names that a rule of the user keeps, whatever is in them.
         notes: What a user should be told about it.
@@ -41,9 +39,14 @@ class MergePlan:
     tensors: tuple[TensorPlan, ...]
     infos: Mapping[str, TensorInfo]
     heads: Mapping[str, Mapping[str, TensorInfo]]
+    methods: Mapping[str, MergeMethod]
     followers: Mapping[str, tuple[str, ...]]
     as_is: frozenset[str]
     notes: tuple[str, ...] = ()
+    by_name: Mapping[str, TensorPlan] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_name", {tensor.name: tensor for tensor in self.tensors})
 
     @property
     def num_bytes(self) -> int:
@@ -58,8 +61,28 @@ class MergePlan:
     def merged(self) -> Iterator[TensorPlan]:
         """Yield the tensors that the method computes; tied ones once."""
         for tensor in self.tensors:
-            if tensor.action == "merge" and tensor.alias_of is None:
+            if tensor.name in self.methods:
                 yield tensor
+
+    def groups(self) -> list[tuple[MergeMethod, tuple[TensorPlan, ...]]]:
+        """Return each method with the tensors that it merges."""
+        by_method: dict[int, list[TensorPlan]] = {}
+        for tensor in self.merged():
+            by_method.setdefault(id(self.methods[tensor.name]), []).append(tensor)
+        return [(self.methods[group[0].name], tuple(group)) for group in by_method.values()]
+
+    def pieces(self, *, whole: frozenset[str] = frozenset()) -> list[Piece]:
+        """Return all pieces of what is written, the merged model's first.
+
+        Args:
+            whole: Names that another plan over the same inputs wants whole.
+        """
+        whole |= {name for name, method in self.methods.items() if not method.elementwise}
+        infos = {tensor.name: tensor.info for tensor in self.tensors}
+        pieces = list(pieces_of(infos, whole=whole))
+        for task, own in self.heads.items():
+            pieces += pieces_of(own, task=task)
+        return pieces
 
 
 def plan_merge(
@@ -68,6 +91,7 @@ def plan_merge(
     *,
     policy: ParametersPolicy,
     dtype: torch.dtype | None,
+    overrides: Mapping[str, Override] | None = None,
 ) -> MergePlan:
     """Decide what a merge does with every tensor.
 
@@ -76,12 +100,16 @@ def plan_merge(
         method: How.
         policy: What the user decides about tensors.
         dtype: The floating type to write; None to write every tensor in the reference's.
+        overrides: What is different for some tensors, by pattern.
 
     Raises:
-        InputError: The method lacks something it needs, a tensor fits no rule, or none is left to
+        InputError: A method lacks something it needs, a tensor fits no rule, or none is left to
             merge.
     """
-    inputs.require(method)
+    overrides = overrides or {}
+    if not overrides:
+        inputs.require(method)
+    policy = with_rules(policy, overrides)
     tensors = plan_tensors(
         inputs.base,
         inputs.experts,
@@ -95,8 +123,13 @@ def plan_merge(
         if tensor.alias_of is not None:
             followers[tensor.alias_of] = (*followers.get(tensor.alias_of, ()), tensor.name)
     notes: list[str] = []
-    if "hessian" in method.needs:
-        tensors, unseen = _without_unseen(inputs, tensors, followers)
+    leaders = [t.name for t in tensors if t.action == "merge" and t.alias_of is None]
+    methods = methods_of(leaders, method, overrides)
+    for used in {id(m): m for m in methods.values()}.values():
+        inputs.require(used)
+    curved = {name for name, used in methods.items() if "hessian" in used.needs}
+    if curved:
+        tensors, unseen = _without_unseen(inputs, tensors, followers, curved)
         if unseen:
             notes.append(
                 f"kept as in {inputs.reference.path}, because no expert has changed them and a "
@@ -123,11 +156,15 @@ def plan_merge(
     heads = {
         task: {name: cast(expert.infos[name]) for name in own if name in expert}
         for task, expert in inputs.experts.items()
+        if task not in inputs.merges  # it brings the heads of its tasks, and has none of its own
     }
     return MergePlan(
         tensors=tensors,
         infos=infos,
         heads={task: tensors_of for task, tensors_of in heads.items() if tensors_of},
+        methods={
+            t.name: methods[t.name] for t in tensors if t.name in methods and t.action == "merge"
+        },
         followers=followers,
         as_is=frozenset(
             tensor.name
@@ -143,27 +180,19 @@ def plan_merge(
     )
 
 
-def chunks(numel: int) -> Iterator[tuple[int, int]]:
-    """Yield the flat ranges in which a tensor is gone through.
-
-    >>> list(chunks(2 * CHUNK + 5))
-    [(0, 262144), (262144, 524288), (524288, 524293)]
-    """
-    for start in range(0, numel, CHUNK):
-        yield start, min(start + CHUNK, numel)
-
-
-def same_values(reference: Tensor, values: Tensor) -> bool:
-    """Return whether values are the reference's, stored in a type of their own."""
-    return torch.equal(reference.to(values.dtype), values)
-
-
 def _without_unseen(
     inputs: MergeInputs,
     tensors: tuple[TensorPlan, ...],
     followers: Mapping[str, tuple[str, ...]],
+    curved: set[str],
 ) -> tuple[tuple[TensorPlan, ...], list[str]]:
     """Keep tensors without a Hessian entry where no expert has changed them.
+
+    Args:
+        inputs: What is merged.
+        tensors: The plans.
+        followers: As in :class:`MergePlan`.
+        curved: Names of tensors whose method weighs by the Hessian.
 
     Returns:
         The plans, and the names of those that are kept now.
@@ -175,7 +204,7 @@ def _without_unseen(
     kept: list[str] = []
     unseen: list[tuple[TensorPlan, str]] = []
     for tensor in tensors:
-        if tensor.action != "merge" or tensor.alias_of is not None:
+        if tensor.name not in curved:
             continue
         names = (tensor.name, *followers.get(tensor.name, ()))
         lacking = [t for t, h in inputs.hessians.items() if not any(n in h for n in names)]
@@ -203,7 +232,8 @@ def _require_unchanged(inputs: MergeInputs, tensor: TensorPlan, task: str) -> No
     for other, expert in inputs.experts.items():
         for start, stop in chunks(tensor.info.numel):
             reference = inputs.reference.read(name, start, stop)
-            if not same_values(reference, expert.read(name, start, stop)):
+            values = expert.read(name, start, stop)
+            if not torch.equal(reference.to(values.dtype), values):
                 raise InputError(
                     f"{inputs.hessians[task].path}: must have an entry for tensor {name!r} (task "
                     f"{task!r}), which the expert of task {other!r} has changed; got none. Run "

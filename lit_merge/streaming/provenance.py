@@ -7,12 +7,13 @@ format_version    1
 created           when, in UTC (ISO 8601)
 seconds           how long the merge took
 tasks             the experts' names, in order
+leaves            how many experts that is, those within merges counted
 method            class_path and init_args, as in a configuration
 base              path as given, file, source and fingerprint of the weights; null without a base
 base_hessian      path as given, or null
 experts           by task: path as given, file, source, fingerprint, curvature (hessian, trace,
                   estimator, labels, num_examples) and base_fingerprint
-policy, dtype     as given
+policy, dtype     as given; so are overrides and accumulate
 tensors           per tensor: name, action, reason, shape, dtype, alias_of
 heads             by task: the file with its own tensors
 fingerprint       of the merged weights
@@ -26,18 +27,19 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from lit_merge.checkpoint import Checkpoint
-from lit_merge.expert.info import current_versions
+from lit_merge.expert.info import ExpertInfo, current_versions
+from lit_merge.location import Location, locate
 from lit_merge.methods import MergeMethod
-from lit_merge.parameters import ParametersPolicy
 from lit_merge.streaming.inputs import MergeInputs
 from lit_merge.streaming.plan import MergePlan
+from lit_merge.streaming.request import Output, Request
+from lit_merge.streaming.result import MergeResult
 
 FORMAT_VERSION = 1
 
@@ -59,35 +61,51 @@ _COMPANIONS = (
 
 
 def merge_record(
-    *,
-    base: str | Path | None,
-    experts: Mapping[str, str | Path],
-    base_hessian: str | Path | None,
-    method: MergeMethod,
-    policy: ParametersPolicy,
-    dtype: str | None,
+    request: Request,
+    output: Output,
     inputs: MergeInputs,
-    plan: MergePlan,
+    result: MergeResult,
+    *,
     fingerprint: str,
-    traces: Mapping[str, float],
-    notes: tuple[str, ...],
-    warnings: tuple[str, ...],
-    seconds: float,
+    heads: Collection[str],
 ) -> dict[str, Any]:
-    """Return the contents of ``merge.json``; the module's docstring says what they are."""
+    """Return the contents of ``merge.json``; the module's docstring says what they are.
+
+    Args:
+        request: What was asked for.
+        output: The merge.
+        inputs: What was merged.
+        result: What was done.
+        fingerprint: Of the merged weights.
+        heads: Heads that were carried over from experts which are merges, by task.
+    """
+    plan = output.plan
     return {
         "format_version": FORMAT_VERSION,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 3),
+        "seconds": round(result.seconds, 3),
         "tasks": list(inputs.tasks),
-        "method": method_settings(method),
+        "leaves": sum(inputs.leaves),
+        "method": method_settings(output.method),
+        "overrides": {
+            pattern: {
+                "method": None if override.method is None else method_settings(override.method),
+                "scale": override.scale,
+                "action": override.action,
+            }
+            for pattern, override in request.overrides.items()
+        },
         "base": None
         if inputs.base is None
-        else _weights(base, inputs.base) | {"fingerprint": inputs.base_fingerprint},
-        "base_hessian": None if base_hessian is None else str(base_hessian),
-        "experts": {task: _expert(task, path, inputs, traces) for task, path in experts.items()},
-        "policy": dataclasses.asdict(policy),
-        "dtype": dtype,
+        else _weights(request.base, inputs.base) | {"fingerprint": inputs.base_fingerprint},
+        "base_hessian": None if request.base_hessian is None else str(request.base_hessian),
+        "experts": {
+            task: _expert(task, path, inputs, result.traces)
+            for task, path in request.experts.items()
+        },
+        "policy": dataclasses.asdict(request.policy),
+        "dtype": request.dtype,
+        "accumulate": request.accumulate,
         "tensors": [
             {
                 "name": tensor.name,
@@ -99,13 +117,68 @@ def merge_record(
             }
             for tensor in plan.tensors
         ],
-        "heads": {task: f"heads/{task}.safetensors" for task in plan.heads},
+        "heads": {task: f"heads/{task}.safetensors" for task in (*plan.heads, *heads)},
         "fingerprint": fingerprint,
-        "traces": dict(traces),
-        "notes": list(notes),
-        "warnings": list(warnings),
+        "traces": dict(result.traces),
+        "notes": list(result.notes),
+        "warnings": list(result.warnings),
         "versions": current_versions(),
     }
+
+
+def expert_info(
+    inputs: MergeInputs, plan: MergePlan, method: MergeMethod, *, fingerprint: str, weights: str
+) -> ExpertInfo:
+    """Return what ``expert.json`` says of a merge that is an expert of the same base again.
+
+    Args:
+        inputs: What was merged.
+        plan: What was done with each tensor.
+        method: How.
+        fingerprint: Of the merged weights.
+        weights: Their file.
+    """
+    experts = inputs.infos.values()
+    kinds = {(info.estimator, info.labels) for info in experts}
+    estimator, labels = next(iter(kinds)) if len(kinds) == 1 else ("merged", None)
+    counts = [info.num_examples for info in experts]
+    known = [count for count in counts if count is not None]
+
+    def here(names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if name in plan.infos)
+
+    return ExpertInfo(
+        estimator=estimator or "merged",
+        labels=labels,
+        num_examples=sum(known) if len(known) == len(counts) else None,
+        fingerprint=fingerprint,
+        base_fingerprint=inputs.base_fingerprint,
+        head_parameters=here(inputs.heads),
+        frozen_parameters=here(inputs.frozen),
+        tied_parameters=tuple(group for group in map(here, inputs.tied) if len(group) > 1),
+        weights=weights,
+        versions=current_versions(),
+        details={"merged": list(inputs.tasks), "method": method_settings(method)},
+    )
+
+
+def input_files(inputs: MergeInputs) -> list[tuple[str, int, int]]:
+    """Return path, size and time of the last change (ns) of every file that is read."""
+    checkpoints = [
+        *inputs.experts.values(),
+        *inputs.hessians.values(),
+        *inputs.grams.values(),
+        *inputs.kronecker.values(),
+        *(c for c in (inputs.base, inputs.base_hessian) if c is not None),
+    ]
+    files = dict.fromkeys(c.file_of(name) for c in checkpoints for name in c)
+    found = []
+    for file in files:
+        status = file.stat() if file.exists() else None  # what is not on a disk has none
+        found.append(
+            (str(file), status.st_size if status else 0, status.st_mtime_ns if status else 0)
+        )
+    return found
 
 
 def write_record(path: Path, record: Mapping[str, Any]) -> None:
@@ -140,12 +213,13 @@ def copy_companions(base: str | Path | None, folder: Path, *, dtype: str | None)
         dtype: The floating type of the merged weights, for the copied configuration; None for the
             base's.
     """
-    if base is None or not (Path(base) / "config.json").is_file():
+    if base is None or not ((named := locate(base)) / "config.json").is_file():
         return
     for pattern in _COMPANIONS:
-        for file in sorted(Path(base).glob(pattern)):
+        files: list[Location] = list(named.glob(pattern))
+        for file in files:
             if file.is_file():
-                shutil.copyfile(file, folder / file.name)
+                (folder / file.name).write_bytes(file.read_bytes())
     if dtype is not None:
         config = folder / "config.json"
         content = json.loads(config.read_text(encoding="utf-8"))

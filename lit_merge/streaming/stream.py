@@ -1,38 +1,59 @@
-"""The stream of a merge: read a chunk of every model, merge it, write it, go on.
+"""The stream of a merge: read a piece of every model, merge it, write it, go on.
 
-Chunks do not depend on each other, and sinks take them in any order. Memory is a few chunks per
-model whatever the size of the models, but for methods that need whole tensors.
+Several merges of the same inputs share one reading. Pieces are computed in several threads; they do
+not depend on each other, and sinks take them in any order, so that the result is the same bits
+however many threads or processes there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from itertools import combinations
-from typing import Any, Protocol
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from lit_merge.checkpoint import Checkpoint, TensorInfo
+from lit_merge.checkpoint.bit_masks import pack_bits
 from lit_merge.errors import InputError
-from lit_merge.methods import Average, MergeMethod, ParameterSlice
+from lit_merge.methods import MergeMethod, ParameterSlice, WeightedAverage
 from lit_merge.parameters import TensorPlan
-from lit_merge.streaming.inputs import (
-    MergeInputs,
-    all_finite,
-    check_values,
-    first_not_finite,
-    unravel,
-)
-from lit_merge.streaming.plan import MergePlan, chunks, same_values
+from lit_merge.streaming.findings import Findings
+from lit_merge.streaming.inputs import MergeInputs
+from lit_merge.streaming.pieces import Part, Piece, batches_of, pieces_of
+from lit_merge.streaming.plan import MergePlan
+from lit_merge.streaming.reading import PieceReader
+from lit_merge.streaming.threads import in_order, num_cores
+from lit_merge.streaming.values import check_values, rounded
+
+R = TypeVar("R")
 
 
 class Sink(Protocol):
-    """What takes the merged tensors, in chunks."""
+    """What takes tensors in pieces, from several threads at once."""
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Take the flat elements from ``start`` on."""
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Where one merge goes.
+
+    Attributes:
+        model: Takes the merged model.
+        heads: Take the tensors of each task's own.
+        hessian: Takes the Hessian of the merge as an expert; None to leave it out.
+        masks: Take the packed bits of each task's mask; empty for methods without.
+    """
+
+    model: Sink
+    heads: Mapping[str, Sink]
+    hessian: Sink | None = None
+    masks: Mapping[str, Sink] = field(default_factory=dict)
 
 
 class StateDictSink:
@@ -50,193 +71,278 @@ class StateDictSink:
         self._aliases = {
             name: leader for name, leader in (aliases or {}).items() if leader in infos
         }
-        self._tensors: dict[str, Tensor] = {}
+        self._tensors = {
+            name: torch.empty(info.numel, dtype=info.dtype)
+            for name, info in infos.items()
+            if name not in self._aliases
+        }
 
     def write(self, name: str, start: int, values: Tensor) -> None:
-        """Take the flat elements from ``start`` on; the first decide the tensor's device."""
-        if name in self._aliases:  # comes under its leader's name as well
-            return
-        if name not in self._tensors:
-            info = self._infos[name]
-            self._tensors[name] = torch.empty(info.numel, dtype=info.dtype, device=values.device)
-        self._tensors[name][start : start + values.numel()] = values.flatten()
+        """Take the flat elements from ``start`` on."""
+        if name not in self._aliases:  # an alias comes under its leader's name
+            self._tensors[name][start : start + values.numel()] = values.flatten()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the tensors by name, in the order of the infos; aliases share their leader's."""
-        own = {
-            name: self._tensors.get(name, torch.empty(0, dtype=info.dtype)).reshape(info.shape)
-            for name, info in self._infos.items()
-            if name not in self._aliases
-        }
+        own = {name: flat.reshape(self._infos[name].shape) for name, flat in self._tensors.items()}
         return {name: own[self._aliases.get(name, name)] for name in self._infos}
 
 
-@dataclass
-class Observations:
-    """What was seen on the way, over the merged tensors.
-
-    Attributes:
-        traces: Sum of each expert's Hessian, by task; empty for methods without.
-        unchanged: Tasks whose experts equal the base so far; empty for methods without a base.
-        equal: Pairs of tasks whose experts equal each other so far.
-    """
-
-    traces: dict[str, float] = field(default_factory=dict)
-    unchanged: set[str] = field(default_factory=set)
-    equal: set[tuple[str, str]] = field(default_factory=set)
-
-    @classmethod
-    def of(cls, inputs: MergeInputs, method: MergeMethod) -> Observations:
-        """Return what is true before anything has been seen."""
-        return cls(
-            traces=dict.fromkeys(inputs.tasks, 0.0) if "hessian" in method.needs else {},
-            unchanged=set(inputs.tasks) if "base" in method.needs else set(),
-            equal=set(combinations(inputs.tasks, 2)),
-        )
-
-    def see(self, p: ParameterSlice) -> None:
-        """Take in one merged slice."""
-        by_task = dict(zip(p.tasks, p.experts, strict=True))
-        for task in list(self.unchanged):
-            if p.base is None or not torch.equal(by_task[task], p.base):
-                self.unchanged.discard(task)
-        for pair in list(self.equal):
-            if not torch.equal(by_task[pair[0]], by_task[pair[1]]):
-                self.equal.discard(pair)
-        for task, hessian in zip(p.tasks, p.hessians or (), strict=p.hessians is not None):
-            self.traces[task] += float(hessian.sum(dtype=torch.float64))
-
-
 @dataclass(frozen=True)
-class MergeStream:
-    """A merge that is planned, to be run through.
+class Job:
+    """One merge of the stream's inputs.
 
     Attributes:
-        inputs: What is merged.
         plan: What is done with each tensor.
-        method: How.
-        fact: What the method's survey found.
+        facts: What the methods' surveys found, by the methods' ids.
     """
 
-    inputs: MergeInputs
     plan: MergePlan
-    method: MergeMethod
-    fact: Any = None
+    facts: dict[int, Any] = field(default_factory=dict)
 
-    def surveyed(self, on_pass: Callable[[int], Callable[[int], None]]) -> MergeStream:
-        """Let the method look at all slices before the first is merged.
+    def fact(self, method: MergeMethod) -> Any:
+        """Return what a method's survey found."""
+        return self.facts.get(id(method))
+
+
+class MergeStream:
+    """Merges that are planned, to be run through together.
+
+    Args:
+        inputs: What is merged.
+        plans: What is done with each tensor, by one merge or several.
+        threads: How many pieces are computed at once; None for one per core.
+        device: Where to compute.
+        accumulate: The least type to compute in.
+    """
+
+    def __init__(
+        self,
+        inputs: MergeInputs,
+        plans: Sequence[MergePlan],
+        *,
+        threads: int | None = None,
+        device: torch.device | None = None,
+        accumulate: torch.dtype = torch.float32,
+    ) -> None:
+        self.inputs = inputs
+        self.jobs = tuple(Job(plan) for plan in plans)
+        self._device = device or torch.device("cpu")
+        self._threads = threads or (num_cores() if self._device.type == "cpu" else 1)
+        self._accumulate = accumulate
+        self._local = threading.local()
+        self._average = WeightedAverage(inputs.leaves)
+
+    def pieces(self) -> list[Piece]:
+        """Return the pieces of all that is written, in order."""
+        whole = {
+            name
+            for job in self.jobs
+            for name, method in job.plan.methods.items()
+            if not method.elementwise
+        }
+        return self.jobs[0].plan.pieces(whole=frozenset(whole))
+
+    def survey(self, on_pass: Callable[[int], Callable[[int], None]]) -> None:
+        """Let the methods look at all slices before the first is merged.
 
         Args:
             on_pass: Called at the start of each pass with its size in bytes; what it returns is
-                called with the bytes gone through.
-
-        Returns:
-            The stream with the method's fact. A method without a survey reads nothing.
+                called with the bytes gone through. A method without a survey makes no pass.
 
         Raises:
-            InputError: A value is NaN or infinite, or the method refuses what it sees.
+            InputError: A value is NaN or infinite, or a method refuses what it sees.
         """
-        if type(self.method).survey is MergeMethod.survey:
-            return self
+        for job in self.jobs:
+            for method, tensors in job.plan.groups():
+                if type(method).survey is not MergeMethod.survey:
+                    passes = _Passes(self, job, method, tensors, on_pass)
+                    job.facts[id(method)] = method.survey(passes)
 
-        def slices() -> Iterator[ParameterSlice]:
-            advance = on_pass(sum(tensor.info.nbytes for tensor in self.plan.merged()))
-            for tensor in self.plan.merged():
-                for start, stop in self._ranges(tensor):
-                    yield self._slice(tensor, start, stop)
-                    advance((stop - start) * tensor.info.dtype.itemsize)
-
-        with torch.no_grad():
-            return replace(self, fact=self.method.survey(slices))
-
-    def run(
-        self, sink: Sink, heads: Mapping[str, Sink], *, advance: Callable[[int], None]
-    ) -> Observations:
-        """Write everything that the plan says.
+    def slices(
+        self,
+        job: Job,
+        method: MergeMethod,
+        tensors: Sequence[TensorPlan],
+        look: Callable[[ParameterSlice], R],
+        *,
+        every: int = 1,
+        advance: Callable[[int], None],
+    ) -> Iterator[tuple[str, R]]:
+        """Yield the name of a tensor and what was found in one slice of it, slice by slice.
 
         Args:
-            sink: Takes the merged model.
-            heads: Take the tensors of each task's own.
+            job: The merge.
+            method: Whose needs are read.
+            tensors: What to look at.
+            look: Called with each slice, from several threads.
+            every: Look at each so-manieth piece of a tensor only, its first among them.
+            advance: Called with the bytes gone through.
+        """
+
+        def work(batch: tuple[Piece, ...]) -> list[tuple[str, R]]:
+            reader = self._reader()
+            with torch.no_grad():
+                return [(p.name, look(self._slice(reader, job, p, method))) for p in batch]
+
+        infos = {tensor.name: tensor.info for tensor in tensors}
+        whole = () if method.elementwise else infos
+        pieces = [
+            piece
+            for name, info in infos.items()
+            for piece in list(pieces_of({name: info}, whole=whole))[::every]
+        ]
+        batches = batches_of(pieces)
+        results = in_order(work, batches, self._threads) if not whole else map(work, batches)
+        for batch, found in zip(batches, results, strict=True):
+            yield from found
+            advance(sum(piece.numel * infos[piece.name].dtype.itemsize for piece in batch))
+
+    def run(
+        self, part: Part, sinks: Sequence[Sinks], *, advance: Callable[[int], None]
+    ) -> list[Findings]:
+        """Merge one part and write it.
+
+        Args:
+            part: The pieces.
+            sinks: Where each merge goes, in the plans' order.
             advance: Called with the number of bytes written.
+
+        Returns:
+            What was seen, by merge.
 
         Raises:
             InputError: A value is NaN or infinite, or an expert differs where it says it does not.
         """
-        seen = Observations.of(self.inputs, self.method)
-        with torch.no_grad():
-            for tensor in self.plan.tensors:
-                for start, stop in self._ranges(tensor):
-                    for name, values in self._chunk(tensor, start, stop, seen):
-                        sink.write(name, start, values)
-                        advance(values.nbytes)
-            for task, infos in self.plan.heads.items():
-                for name, info in infos.items():
-                    for start, stop in chunks(info.numel):
-                        values = self._copied(self.inputs.experts[task], name, info, start, stop)
-                        heads[task].write(name, start, values)
-                        advance(values.nbytes)
-        return seen
+        total = [Findings.before(self.inputs) for _ in self.jobs]
 
-    def _ranges(self, tensor: TensorPlan) -> Iterable[tuple[int, int]]:
-        if tensor.action == "merge" and not self.method.elementwise:
-            return [(0, tensor.info.numel)]
-        return chunks(tensor.info.numel)
+        def work(batch: tuple[Piece, ...]) -> tuple[list[Findings], int]:
+            reader = self._reader()
+            seen = [findings.still() for findings in total]
+            written = 0
+            with torch.no_grad():
+                for piece in batch:
+                    reader.open(self._names(piece), piece.start, piece.stop)
+                    for job, sink, findings in zip(self.jobs, sinks, seen, strict=True):
+                        written += self._do(reader, job, piece, sink, findings)
+            return seen, written
 
-    def _slice(self, tensor: TensorPlan, start: int, stop: int) -> ParameterSlice:
-        method = self.method if tensor.action == "merge" else Average()
-        p = self.inputs.read(
-            self.plan.names(tensor),
-            start,
-            stop,
-            method=method,
-            shape=None if method.elementwise else tensor.info.shape,
-        )
-        return replace(p, fact=self.fact)
+        chunked = batches_of([piece for piece in part.pieces if not piece.whole])
+        whole = batches_of([piece for piece in part.pieces if piece.whole])
+        # Whole tensors one after the other, each by torch's own threads.
+        for seen, written in chain(in_order(work, chunked, self._threads), map(work, whole)):
+            for findings, more in zip(total, seen, strict=True):
+                findings.add(more)
+            advance(written)
+        return total
 
-    def _chunk(
-        self, tensor: TensorPlan, start: int, stop: int, seen: Observations
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield what one range of one tensor becomes, under every name that it is written to."""
+    def _reader(self) -> PieceReader:
+        """Return this thread's reader."""
+        if not hasattr(self._local, "reader"):
+            self._local.reader = PieceReader(
+                self.inputs, device=self._device, accumulate=self._accumulate
+            )
+        reader: PieceReader = self._local.reader
+        return reader
+
+    def _names(self, piece: Piece) -> tuple[str, ...]:
+        plan = self.jobs[0].plan
+        return (piece.name,) if piece.task else plan.names(plan.by_name[piece.name])
+
+    def _slice(
+        self, reader: PieceReader, job: Job, piece: Piece, method: MergeMethod
+    ) -> ParameterSlice:
+        reader.open(self._names(piece), piece.start, piece.stop)
+        shape = job.plan.by_name[piece.name].info.shape
+        return reader.slice(method, shape=shape, whole=not method.elementwise)
+
+    def _do(
+        self, reader: PieceReader, job: Job, piece: Piece, sinks: Sinks, findings: Findings
+    ) -> int:
+        """Write what one piece becomes in one merge; return the number of bytes."""
+        written = 0
+        if piece.task is not None:
+            if piece.task in job.plan.heads:
+                info = job.plan.heads[piece.task][piece.name]
+                expert = self.inputs.experts[piece.task]
+                values = self._copied(reader, job, expert, piece, info)
+                sinks.heads[piece.task].write(piece.name, piece.start, values)
+                written = values.nbytes
+            return written
+        plan, tensor = job.plan, job.plan.by_name[piece.name]
         if tensor.action in ("merge", "average"):
-            if tensor.alias_of is not None:  # written with its leader
-                return
-            p = self._slice(tensor, start, stop)
-            if tensor.action == "merge":
-                seen.see(p)
-                merged = self.method(p)
-            else:
-                merged = Average()(p)
-            for name in self.plan.names(tensor):
-                if name in self.plan.infos:
-                    yield name, _rounded(merged, name, self.plan.infos[name], start)
-        elif tensor.name in self.plan.infos:
-            info = self.plan.infos[tensor.name]
-            if self._is_declared_frozen(tensor):
-                self._check_frozen(tensor.name, start, stop)
-            copied = self._copied(self.inputs.reference, tensor.name, info, start, stop)
-            yield tensor.name, copied
+            if tensor.alias_of is None:  # an alias is written with its leader
+                written = self._merge(reader, job, tensor, piece, sinks, findings)
+        elif tensor.name in plan.infos:
+            info = plan.infos[tensor.name]
+            if self._is_declared_frozen(plan, tensor):
+                self._check_frozen(reader, piece)
+            values = self._copied(reader, job, self.inputs.reference, piece, info)
+            sinks.model.write(tensor.name, piece.start, values)
+            written = values.nbytes
+        return written
+
+    def _merge(
+        self,
+        reader: PieceReader,
+        job: Job,
+        tensor: TensorPlan,
+        piece: Piece,
+        sinks: Sinks,
+        findings: Findings,
+    ) -> int:
+        plan = job.plan
+        is_merged = tensor.action == "merge"
+        method = plan.methods[tensor.name] if is_merged else self._average
+        p = reader.slice(
+            method,
+            shape=tensor.info.shape,
+            whole=not method.elementwise,
+            check=not method.carries_nan,
+            fact=job.fact(method),
+        )
+        merged = method(p)
+        written = 0
+        for name in plan.names(tensor):
+            if name in plan.infos:
+                values = _written(reader, method, merged, name, plan.infos[name], piece.start)
+                sinks.model.write(name, piece.start, values)
+                written += values.nbytes
+        if is_merged:
+            findings.see(p)
+            if sinks.hessian is not None and (hessian := method.hessian(p)) is not None:
+                info = TensorInfo(tensor.info.shape, torch.float32)
+                values = _written(reader, method, hessian, tensor.name, info, piece.start)
+                sinks.hessian.write(tensor.name, piece.start, values)
+                written += values.nbytes
+            if method.masks and sinks.masks:
+                for task, mask in zip(p.tasks, method.task_masks(p), strict=True):
+                    sinks.masks[task].write(tensor.name, piece.start // 8, pack_bits(mask))
+        return written
 
     def _copied(
-        self, checkpoint: Checkpoint, name: str, info: TensorInfo, start: int, stop: int
+        self, reader: PieceReader, job: Job, checkpoint: Checkpoint, piece: Piece, info: TensorInfo
     ) -> Tensor:
-        values = checkpoint.read(name, start, stop)
-        if not values.dtype.is_floating_point or name in self.plan.as_is:
+        values = reader.stored(checkpoint, piece.name, piece.start, piece.stop)
+        if not values.dtype.is_floating_point or piece.name in job.plan.as_is:
             return values.to(info.dtype)
-        check_values(values, checkpoint, name, start)
-        return _rounded(values, name, info, start)
+        check_values(values, checkpoint, piece.name, piece.start)
+        if values.dtype == info.dtype:
+            return values
+        return rounded(values, piece.name, info, piece.start)
 
-    def _is_declared_frozen(self, tensor: TensorPlan) -> bool:
+    def _is_declared_frozen(self, plan: MergePlan, tensor: TensorPlan) -> bool:
         return (
             tensor.action == "keep"
             and tensor.name in self.inputs.frozen
-            and tensor.name not in self.plan.as_is
+            and tensor.name not in plan.as_is
         )
 
-    def _check_frozen(self, name: str, start: int, stop: int) -> None:
-        reference = self.inputs.reference
-        values = reference.read(name, start, stop)
+    def _check_frozen(self, reader: PieceReader, piece: Piece) -> None:
+        reference, name = self.inputs.reference, piece.name
+        values = reader.stored(reference, name, piece.start, piece.stop)
         for task, expert in self.inputs.experts.items():
-            if not same_values(values, expert.read(name, start, stop)):
+            if not reader.same_values(values, expert, name, piece.start):
                 raise InputError(
                     f"{expert.file_of(name)}: tensor {name!r}, which expert.json says was frozen, "
                     f"must equal {reference.file_of(name)}'s; got other values (task {task!r}). "
@@ -245,25 +351,44 @@ class MergeStream:
                 )
 
 
-def _rounded(values: Tensor, name: str, info: TensorInfo, start: int) -> Tensor:
-    """Return finite values in the type to write.
+class _Passes:
+    """What a method's survey calls: passes over the tensors that it merges."""
 
-    Raises:
-        InputError: They do not fit that type.
-    """
-    rounded = values.to(info.dtype)
-    if all_finite(rounded):
-        return rounded
-    flat, stored = values.flatten(), rounded.flatten()
-    first = first_not_finite(stored)
-    at = f"at {unravel(start + first, info.shape)} of tensor {name!r}"
-    if not all_finite(flat[first]):
-        raise InputError(
-            f"method: must give finite values; got {flat[first].item():g} {at} from finite inputs. "
-            f"Take smaller scales, or Hessians of smaller sums."
+    def __init__(
+        self,
+        stream: MergeStream,
+        job: Job,
+        method: MergeMethod,
+        tensors: Sequence[TensorPlan],
+        on_pass: Callable[[int], Callable[[int], None]],
+    ) -> None:
+        self._stream = stream
+        self._job = job
+        self._method = method
+        self._tensors = tensors
+        self._on_pass = on_pass
+
+    def __call__(
+        self, look: Callable[[ParameterSlice], R], every: int = 1
+    ) -> Iterable[tuple[str, R]]:
+        size = sum(tensor.info.nbytes for tensor in self._tensors)
+        advance = self._on_pass(size // every)
+        return self._stream.slices(
+            self._job, self._method, self._tensors, look, every=every, advance=advance
         )
-    raise InputError(
-        f"dtype: must hold the merged values; got {flat[first].item():g} {at}, which is "
-        f"{stored[first].item():g} in {str(info.dtype).removeprefix('torch.')}. Write a wider "
-        f"type, or take smaller scales."
-    )
+
+
+def _written(
+    reader: PieceReader,
+    method: MergeMethod,
+    values: Tensor,
+    name: str,
+    info: TensorInfo,
+    start: int,
+) -> Tensor:
+    try:
+        return rounded(values, name, info, start)
+    except InputError:
+        if method.carries_nan:  # the inputs were not looked at before
+            reader.check_weights(method)
+        raise
