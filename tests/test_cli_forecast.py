@@ -111,7 +111,7 @@ def test_an_expert_without_curvature_is_one_clear_line(
     [
         (("--weighting", "median"), "weighting"),
         (("--plot", "forecast.txt"), "forecast.txt: must end in .png, .svg, .pdf for a plot"),
-        (("--scale", "1"), "scale"),
+        (("--method", "Average", "--scale", "1"), "scale: must name a setting of Average"),
         (("--sweep", "{scale: [0.1, 0.2]}"), "sweep: must be left out of a forecast"),
         (("--method", "GradientMatch"), 'Did you mean "GradientMatching"?'),
     ],
@@ -129,3 +129,11 @@ def test_a_mistake_is_one_clear_line(
     assert message in error
     assert error.count("\n") == 1
     assert not (tmp_path / "forecast.txt").exists()
+
+
+def test_the_scale_of_a_merge_is_the_planned_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["forecast", "--config", str(config_of(tmp_path)), "--scale", "0.3"]) == 0
+    assert "Forecast of TaskArithmetic(scale=0.3)" in capsys.readouterr().out

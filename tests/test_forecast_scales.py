@@ -1,9 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +11,8 @@ from torch import Tensor
 import lit_merge.methods as methods_package
 from lit_merge.errors import InputError
 from lit_merge.forecast import (
-    best_scale,
+    at_best_scale,
     forecast_inputs,
-    with_best_scale,
 )
 from lit_merge.methods import (
     DARE,
@@ -199,51 +196,26 @@ def test_methods_that_are_linear_in_their_scale_say_so(method: Any) -> None:
         assert method.linear_in_scale == is_linear(method, p)
 
 
-@dataclass(frozen=True)
-class Halfway(MergeMethod):
-    """Task arithmetic of the first expert alone, whose scale may be left to a forecast."""
-
-    needs: ClassVar[frozenset[str]] = frozenset({"base"})
-    linear_in_scale: ClassVar[bool] = True
-
-    scale: float | str = "auto"
-
-    def check_tasks(self, tasks: Sequence[str]) -> None:
-        assert self.scale != "auto"
-
-    def __call__(self, p: ParameterSlice) -> Tensor:
-        assert isinstance(self.scale, float)
-        base = p.require_base()
-        return base + self.scale * (p.experts[0] - base)
+def test_the_best_scale_is_that_of_the_forecast() -> None:
+    for method in (TaskArithmetic(0.9), GradientMatching(0.3, damping=20.0)):
+        chosen, scale = at_best_scale(inputs_of(), method)
+        assert scale == best_of(forecast_inputs(inputs_of(), method))
+        assert chosen == dataclasses.replace(method, scale=scale)
 
 
-def test_an_automatic_scale_is_the_best_one() -> None:
-    forecast = forecast_inputs(inputs_of(), Halfway())
-    assert forecast.scale == best_of(forecast) == best_scale(inputs_of(), Halfway())
-    given = forecast_inputs(inputs_of(), Halfway(best_of(forecast)))
-    assert given.increases == pytest.approx(forecast.increases, rel=1e-12)
-
-
-def test_only_an_automatic_scale_is_filled_in() -> None:
-    found = with_best_scale(inputs_of(), Halfway())
-    assert found == Halfway(best_scale(inputs_of(), Halfway()))
-    for method in (Halfway(0.3), Average(), TaskArithmetic(dict.fromkeys(TASKS, 0.1))):
-        assert with_best_scale(inputs_of(), method) is method
-
-
-def test_the_best_scale_of_a_list_may_be_automatic_too() -> None:
-    method = GradientMatching(0.3, damping=20.0)
-    best = best_scale(inputs_of(), method)
-    assert best == best_of(forecast_inputs(inputs_of(), method))
+def test_scales_by_task_keep_their_proportions() -> None:
+    shares = dict(zip(TASKS, (0.5, 1.0, 2.0), strict=False))
+    chosen, scale = at_best_scale(inputs_of(), TaskArithmetic(shares))
+    assert chosen == TaskArithmetic({task: scale * share for task, share in shares.items()})
 
 
 def test_a_method_without_a_scale_has_no_best_one() -> None:
     message = r"^scale: must be a setting of .* got {}, which has none, or which overrides leave"
     with pytest.raises(InputError, match=message.format("Average")):
-        best_scale(inputs_of(), Average())
+        at_best_scale(inputs_of(), Average())
     everything = {"*": Override(method=Average())}
     with pytest.raises(InputError, match=message.format("TaskArithmetic")):
-        best_scale(inputs_of(), TaskArithmetic(), overrides=everything)
+        at_best_scale(inputs_of(), TaskArithmetic(), overrides=everything)
 
 
 def test_a_negative_best_scale_is_noted_and_refused_for_a_merge() -> None:
@@ -263,7 +235,7 @@ def test_a_negative_best_scale_is_noted_and_refused_for_a_merge() -> None:
     assert best_of(forecast) == pytest.approx(-0.7)
     assert any("best scale is negative, -0.7" in note for note in forecast.notes)
     with pytest.raises(InputError, match=r"^scale: must be positive for a merge; got -0\.7"):
-        best_scale(inputs, TaskArithmetic(), weighting="sum")
+        at_best_scale(inputs, TaskArithmetic(), weighting="sum")
 
 
 def test_curvature_that_says_nothing_of_the_direction_is_refused() -> None:

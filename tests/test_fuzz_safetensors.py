@@ -227,6 +227,10 @@ def of_shape(shape: str) -> bytes:
 @example(content=of_shape("[4611686018427387904, 4, 0]"))  # empty, but 2**66 bytes on the way
 @example(content=of_shape("[" + "4611686018427387904, " * 100_000 + "0]"))  # long to multiply
 @example(content=of_shape("[" * 100_000))
+@example(content=of_shape("[false]"))  # equal to 0 for Python
+@example(content=of_shape("[-1, 0]"))
+@example(content=of_shape("[0, 9223372036854775808]"))
+@example(content=of_shape("[0]") + b"x")
 def test_other_bytes_are_refused_or_read_as_the_library_reads_them(
     file: tuple[Path, int], content: bytes
 ) -> None:

@@ -456,3 +456,30 @@ def test_the_process_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert Process.from_environment() == Process(1, 3)
     assert dataclasses.replace(Process(1, 3), rank=0) == Process(0, 3)
+
+
+def test_an_automatic_scale_is_the_forecasts(
+    tmp_path: Path, three: tuple[Path, dict[str, Path]]
+) -> None:
+    from lit_merge.forecast import forecast_merge
+
+    base, experts = three
+    best = forecast_merge(base, experts, TaskArithmetic(1.0), progress=False).best
+    assert best is not None
+    found = merge(base, experts, TaskArithmetic(1.0), tmp_path / "auto", scale="auto")
+    given = merge(base, experts, TaskArithmetic(best.scale), tmp_path / "given")
+    assert contents(found.path) == contents(given.path)
+    assert any(f"the scale {best.scale:.4g} is where" in note for note in found.notes)
+    record = json.loads((Path(found.path) / "merge.json").read_text())
+    assert record["method"]["init_args"]["scale"] == best.scale
+
+
+def test_a_scale_may_stand_beside_the_method(
+    tmp_path: Path, three: tuple[Path, dict[str, Path]]
+) -> None:
+    base, experts = three
+    one = merge(base, experts, TaskArithmetic(1.0), tmp_path / "one", scale=0.3)
+    two = merge(base, experts, TaskArithmetic(0.3), tmp_path / "two")
+    assert contents(one.path) == contents(two.path)
+    with pytest.raises(InputError, match=r"^scale: must name a setting of Average"):
+        merge(base, experts, Average(), tmp_path / "out", scale=0.3)

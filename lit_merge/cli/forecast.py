@@ -28,6 +28,7 @@ from lit_merge.forecast import forecast_merge
 from lit_merge.output import new_file, require_free_file
 from lit_merge.report.forecast_plot import write_forecast_plot
 from lit_merge.streaming import merge
+from lit_merge.streaming.overrides import with_setting
 from lit_merge.terminal import print_forecast
 
 _OWN = {"base", "experts", "base_hessian"}
@@ -85,6 +86,8 @@ def main(argv: Sequence[str]) -> int:
     for path in (output, plot):
         if path is not None:
             require_free_file(path, replace=options.replace)
+    if options.scale not in (None, "auto"):  # the best one is found in any case
+        options.method = with_setting(options.method, "scale", options.scale, "scale")
     arguments = inspect.signature(forecast_merge).parameters
     forecast = forecast_merge(
         **{key: value for key, value in options.as_dict().items() if key in arguments}

@@ -20,13 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lit_merge.counter import combined, signs
 from lit_merge.curvature.batches import (
     batch_size_of,
     outside_inference,
     take_examples,
     unlike_pair,
 )
-from lit_merge.counter import combined, signs
 from lit_merge.curvature.coverage import wanted_parameters
 from lit_merge.curvature.differentiation import differentiation, requiring_grad
 from lit_merge.curvature.estimator import example_numbers, widen

@@ -69,10 +69,9 @@ __all__ = [
     "DEFAULT_SCALES",
     "Forecast",
     "Weighting",
-    "best_scale",
+    "at_best_scale",
     "forecast_inputs",
     "forecast_merge",
-    "with_best_scale",
 ]
 
 DEFAULT_SCALES = tuple(index / 10 for index in range(11))
@@ -161,7 +160,7 @@ def forecast_inputs(
         _require_counts(inputs)
     counts = tuple(inputs.infos[task].num_examples for task in inputs.tasks)
     scaled = ScaledMethod.of(method)
-    shared = reading_hessians(scaled.planned)
+    shared = reading_hessians(scaled.method)
     plan = plan_forecast(inputs, shared, policy=policy, overrides=overrides or {})
     by_tensor: dict[str, Increases] = not_merged(inputs, plan)
     look_at_shared: LookAtAll | None = None
@@ -199,7 +198,7 @@ def forecast_inputs(
     )
 
 
-def best_scale(
+def at_best_scale(
     inputs: MergeInputs,
     method: MergeMethod,
     *,
@@ -208,15 +207,15 @@ def best_scale(
     weighting: Weighting = "mean",
     threads: int | None = None,
     start: StartPass = silent,
-) -> float:
-    """Return the scale at which a merge is expected to cost the tasks the least together.
+) -> tuple[MergeMethod, float]:
+    """Return a method at the scale at which it is expected to cost the tasks the least together.
 
-    It is the closed form for methods that are linear in their scale, otherwise the best of
+    The scale is the closed form for methods that are linear in their scale, otherwise the best of
     :data:`DEFAULT_SCALES`; for a method with one scale per task, what to multiply these with.
 
     Args:
         inputs: What is merged.
-        method: The method; its own scale does not matter, and may be "auto".
+        method: The method; its own scale does not matter.
         policy: As in :func:`forecast_merge`, and the rest.
         overrides: As there.
         weighting: As there.
@@ -248,46 +247,7 @@ def best_scale(
             f"the curvature every step from the base costs the tasks together more than it gains. "
             f"Give a number, or leave out an expert."
         )
-    return best.scale
-
-
-def with_best_scale(
-    inputs: MergeInputs,
-    method: MergeMethod,
-    *,
-    policy: ParametersPolicy = ParametersPolicy(),  # noqa: B008 - frozen
-    overrides: Mapping[str, Override] | None = None,
-    weighting: Weighting = "mean",
-    threads: int | None = None,
-    start: StartPass = silent,
-) -> MergeMethod:
-    """Return a method with its best scale where its scale is "auto", otherwise as it is.
-
-    Args:
-        inputs: What is merged; without an automatic scale nothing of it is read.
-        method: The method.
-        policy: As in :func:`forecast_merge`, and the rest.
-        overrides: As there.
-        weighting: As there.
-        threads: As there.
-        start: As in :func:`forecast_inputs`.
-
-    Raises:
-        InputError: As :func:`best_scale`.
-    """
-    scaled = ScaledMethod.of(method)
-    if not scaled.is_automatic:
-        return method
-    found = best_scale(
-        inputs,
-        method,
-        policy=policy,
-        overrides=overrides,
-        weighting=weighting,
-        threads=threads,
-        start=start,
-    )
-    return scaled.at(found)
+    return ScaledMethod.of(method).at(best.scale), best.scale
 
 
 def _require_counts(inputs: MergeInputs) -> None:

@@ -9,9 +9,6 @@ from typing import Any
 
 from lit_merge.methods import MergeMethod
 
-AUTO = "auto"
-"""The scale that asks for the best one."""
-
 
 @dataclass(frozen=True)
 class ScaledMethod:
@@ -19,7 +16,7 @@ class ScaledMethod:
 
     Attributes:
         method: The method as it was configured.
-        scale: The planned scale; None where the best one is asked for, or there is none.
+        scale: The planned scale; None where there is none.
         unit: The method's scales at ``scale`` 1, where it has one per task; None otherwise.
         has_scale: Whether there is a scale.
     """
@@ -37,22 +34,12 @@ class ScaledMethod:
             return cls(method, 1.0, dict(value), has_scale=True)
         if value is None:
             return cls(method, None, None, has_scale=False)
-        return cls(method, None if value == AUTO else float(value), None, has_scale=True)
-
-    @property
-    def is_automatic(self) -> bool:
-        """Whether the best scale is asked for."""
-        return self.has_scale and self.scale is None
+        return cls(method, float(value), None, has_scale=True)
 
     @property
     def linear(self) -> bool:
         """Whether every task's model is the base plus the scale times what has no scale in it."""
         return self.has_scale and self.method.linear_in_scale and not self.method.masks
-
-    @property
-    def planned(self) -> MergeMethod:
-        """The method as it was configured; at a scale of one where the best one is asked for."""
-        return self.at(1.0) if self.is_automatic else self.method
 
     def at(self, scale: float) -> MergeMethod:
         """Return the method at a scale."""

@@ -1,8 +1,11 @@
 """Merged and corrected models as folders, as MergeModule reads and writes them.
 
 ============================ ======================================================================
-``model.safetensors``        the merged weights that all tasks share
+``model.safetensors``        the merged weights that all tasks share; in a merged folder shards with
+                             an index, ``model.ckpt`` or another form of :func:`lit_merge.merge`
 ``heads/<task>.safetensors`` the tensors of a task's own, where there are any
+``masks/<task>.safetensors`` which of the merged weights a task uses, after a merge that says so
+                             (:mod:`lit_merge.checkpoint.bit_masks`)
 ``merge.json``               how the merge was made: in a merged folder, from ``lit_merge.merge``
 ``corrections.safetensors``  ``<site>.weight`` and so on, with ``/`` for the dots of the site's name
 ``correction.json``          tasks, classes, sites and origin of the corrections: likewise
@@ -12,24 +15,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lit_merge import methods
 from lit_merge.checkpoint import Checkpoint, is_inside, open_checkpoint, save_tensors
 from lit_merge.correction import Site
 from lit_merge.errors import InputError
 from lit_merge.expert.info import current_versions
+from lit_merge.merged.recorded_base import open_recorded_base
 from lit_merge.output import new_folder
 
 FORMAT_VERSION = 1
 
 WEIGHTS = "model.safetensors"
 HEADS = "heads"
+MASKS = "masks"
+ADAPTER = "adapter_config.json"
 MERGE = "merge.json"
 CORRECTIONS = "corrections.safetensors"
 CORRECTION = "correction.json"
@@ -125,6 +132,8 @@ class MergedParts:
         merge: Contents of ``merge.json``, or what is known of a merge in memory.
         record: The record of the correction; None for a model that is only merged.
         corrections: The corrections' tensors; None for a model that is only merged.
+        masks: The packed bits of each task's mask; empty unless each task has a model of its own,
+            the shared one masked.
     """
 
     weights: Checkpoint | Mapping[str, Tensor]
@@ -133,11 +142,17 @@ class MergedParts:
     merge: Mapping[str, Any]
     record: CorrectionRecord | None = None
     corrections: Checkpoint | None = None
+    masks: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
 @contextmanager
-def open_merged(path: str | Path) -> Iterator[MergedParts]:
+def open_merged(path: str | Path, *, base: str | Path | None = None) -> Iterator[MergedParts]:
     """Open what ``lit_merge.merge`` or :func:`write_corrected` has written.
+
+    Args:
+        path: The folder.
+        base: Of a merge that was written as an adapter: what to add it to; None for where
+            merge.json says that it was.
 
     Yields:
         Its parts; the files are closed at the end of the block.
@@ -159,30 +174,91 @@ def open_merged(path: str | Path) -> Iterator[MergedParts]:
     else:
         merge = _read_json(merged)
         tasks = _task_names(merge.get("tasks"), source=str(merged))
-    opened: list[Checkpoint] = []
-
-    def opening(file: Path) -> Checkpoint:
-        opened.append(open_checkpoint(file))
-        return opened[-1]
-
-    try:
-        weights = opening(folder / WEIGHTS)
-        heads: dict[str, Checkpoint] = {}
-        if (folder / HEADS).is_dir():
-            for task in tasks:
-                if not (folder / HEADS / f"{task}.safetensors").is_file():
-                    raise InputError(
-                        f"{folder / HEADS}: must hold the head of every task; got none for "
-                        f"{task!r}. Merge again."
-                    )
-                heads[task] = opening(folder / HEADS / f"{task}.safetensors")
+    with ExitStack() as stack:
+        weights = stack.enter_context(_open_weights(folder, merge, base, stack))
+        masked = record is None and gives_masks(folder, merge)
+        present = tasks if record is not None else _own_tasks(merge, tasks, masked=masked)
+        heads = _open_each(folder / HEADS, present, "head", stack)
+        masks: dict[str, Checkpoint] = {}
+        if masked:
+            masks = _open_each(folder / MASKS, present, "mask", stack)
+            if not masks:
+                raise InputError(
+                    f"{folder / MASKS}: must hold the mask of every task, as the merge gave each "
+                    f"task a model of its own; got no such folder. Copy the whole merged folder, "
+                    f"or merge again."
+                )
         corrections = None
         if record is not None and record.sites:
-            corrections = opening(folder / CORRECTIONS)
-        yield MergedParts(weights, heads, tasks, merge, record, corrections)
-    finally:
-        for checkpoint in opened:
-            checkpoint.close()
+            corrections = stack.enter_context(open_checkpoint(folder / CORRECTIONS))
+        yield MergedParts(weights, heads, present, merge, record, corrections, masks)
+
+
+def gives_masks(folder: Path, merge: Mapping[str, Any]) -> bool:
+    """Return whether a merge gave each task a model of its own: the shared one, masked.
+
+    Args:
+        folder: The merged folder.
+        merge: Contents of its ``merge.json``.
+    """
+    if "masks" in merge:
+        return bool(merge["masks"])
+    overrides = merge.get("overrides")
+    used = [merge.get("method")]
+    used += [
+        override.get("method")
+        for override in (overrides.values() if isinstance(overrides, Mapping) else ())
+        if isinstance(override, Mapping)
+    ]
+    return (folder / MASKS).is_dir() or any(map(_method_gives_masks, used))
+
+
+def _own_tasks(
+    merge: Mapping[str, Any], tasks: tuple[str, ...], *, masked: bool
+) -> tuple[str, ...]:
+    """Return the tasks that a merged folder has a model for.
+
+    They are the experts' names, unless an expert was a merge itself: that one has no head, and has
+    brought along those of its tasks, for which there are no masks.
+    """
+    heads = merge.get("heads")
+    named = list(heads) if isinstance(heads, Mapping) else []
+    if set(named) <= set(tasks):
+        return tasks
+    return _task_names([t for t in named if t in tasks or not masked], source=MERGE)
+
+
+def _method_gives_masks(settings: object) -> bool:
+    path = settings.get("class_path") if isinstance(settings, Mapping) else None
+    if not isinstance(path, str) or not path.startswith(f"{methods.__name__}."):
+        return False
+    return bool(getattr(getattr(methods, path.rpartition(".")[2], None), "masks", False))
+
+
+def _open_weights(
+    folder: Path, merge: Mapping[str, Any], base: str | Path | None, stack: ExitStack
+) -> Checkpoint:
+    if (folder / CORRECTION).is_file():
+        return open_checkpoint(folder / WEIGHTS)
+    if (folder / ADAPTER).is_file():
+        under = stack.enter_context(open_recorded_base(merge, base, source=folder / MERGE))
+        return open_checkpoint(folder, base=under)
+    return open_checkpoint(folder)
+
+
+def _open_each(
+    folder: Path, tasks: Sequence[str], what: str, stack: ExitStack
+) -> dict[str, Checkpoint]:
+    """Return the checkpoint of every task in a folder; none without the folder."""
+    opened: dict[str, Checkpoint] = {}
+    for task in tasks if folder.is_dir() else ():
+        file = folder / f"{task}.safetensors"
+        if not file.is_file():
+            raise InputError(
+                f"{folder}: must hold the {what} of every task; got none for {task!r}. Merge again."
+            )
+        opened[task] = stack.enter_context(open_checkpoint(file))
+    return opened
 
 
 def write_corrected(

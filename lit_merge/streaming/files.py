@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,9 +21,9 @@ from lit_merge.streaming.folders import merge_into_folders
 from lit_merge.streaming.formats import require_format
 from lit_merge.streaming.inputs import MergeInputs
 from lit_merge.streaming.open_inputs import open_inputs, tasks_of
-from lit_merge.streaming.overrides import Override
+from lit_merge.streaming.overrides import Override, with_setting
 from lit_merge.streaming.plan import plan_merge
-from lit_merge.streaming.progress import merge_progress
+from lit_merge.streaming.progress import MergeProgress, merge_progress
 from lit_merge.streaming.request import DTYPES, Format, Number, Output, Request, dtype_of
 from lit_merge.streaming.result import MergeResult, warn
 from lit_merge.streaming.shards import SHARD_BYTES
@@ -38,6 +38,7 @@ def merge(
     method: MergeMethod = GradientMatching(),  # noqa: B008 - frozen
     output: str | Path = "merged",
     *,
+    scale: float | dict[str, float] | Literal["auto"] | None = None,
     policy: ParametersPolicy = ParametersPolicy(),  # noqa: B008 - frozen
     overrides: Mapping[str, Override] | None = None,
     base_hessian: str | Path | None = None,
@@ -72,6 +73,9 @@ def merge(
             paths.
         method: How to merge.
         output: The folder to write; a URL (``s3://…``) gets it when it is finished.
+        scale: The method's scale, instead of the one in its own settings; "auto" for the one at
+            which the experts' curvature expects the least loss (:mod:`lit_merge.forecast`), which
+            is a first guess and needs their Hessians.
         policy: What is done with heads, embeddings, buffers and tensors that rules name.
         overrides: Another method, scale or action for the tensors that a pattern fits
             (``encoder.layer.0.*``); the first that fits decides.
@@ -100,6 +104,7 @@ def merge(
         base,
         experts,
         {output: method},
+        scale=scale,
         policy=policy,
         overrides=overrides,
         base_hessian=base_hessian,
@@ -122,6 +127,7 @@ def merge_all(
     experts: Mapping[str, str | Path] | Sequence[str | Path],
     outputs: Mapping[str | Path, MergeMethod],
     *,
+    scale: float | dict[str, float] | Literal["auto"] | None = None,
     policy: ParametersPolicy = ParametersPolicy(),  # noqa: B008 - frozen
     overrides: Mapping[str, Override] | None = None,
     base_hessian: str | Path | None = None,
@@ -142,6 +148,7 @@ def merge_all(
         base: As for :func:`merge`.
         experts: As for :func:`merge`.
         outputs: The method by the folder to write.
+        scale: As for :func:`merge`; for all of them.
         policy: As for :func:`merge`.
         overrides: As for :func:`merge`; for all of them.
         base_hessian: As for :func:`merge`.
@@ -187,7 +194,7 @@ def merge_all(
         here: dict[str | Path, MergeMethod] = {
             places[output]: method for output, method in outputs.items()
         }
-        merges = _planned(inputs, here, request)
+        merges = _planned(inputs, here, request, scale, shown)
         stream = _stream(inputs, merges, request, where, threads)
         results = merge_into_folders(stream, merges, request, process=process, shown=shown)
         for index, output in enumerate(outputs):
@@ -203,6 +210,7 @@ def plan_all(
     experts: Mapping[str, str | Path] | Sequence[str | Path],
     outputs: Mapping[str | Path, MergeMethod],
     *,
+    scale: float | dict[str, float] | Literal["auto"] | None = None,
     device: str = "cpu",
     threads: int | None = None,
     **options: Any,
@@ -213,6 +221,7 @@ def plan_all(
         base: As for :func:`merge`.
         experts: As for :func:`merge`.
         outputs: As for :func:`merge_all`.
+        scale: As for :func:`merge`.
         device: As for :func:`merge`.
         threads: As for :func:`merge`.
         options: The other options of :func:`merge`.
@@ -223,8 +232,11 @@ def plan_all(
     request = _request(base=base, experts=experts, **options)
     where = _device(device)
     _require_outputs(outputs, request, Process())
-    with open_inputs(base, request.experts, request.base_hessian) as inputs:
-        merges = _planned(inputs, outputs, request)
+    with (
+        open_inputs(base, request.experts, request.base_hessian) as inputs,
+        merge_progress(shown=False) as shown,
+    ):
+        merges = _planned(inputs, outputs, request, scale, shown)
         return report_plans(_stream(inputs, merges, request, where, threads), merges, request)
 
 
@@ -294,23 +306,47 @@ def _local_folders(outputs: Iterable[str | Path]) -> Iterator[dict[str | Path, P
 
 
 def _planned(
-    inputs: MergeInputs, outputs: Mapping[str | Path, MergeMethod], request: Request
+    inputs: MergeInputs,
+    outputs: Mapping[str | Path, MergeMethod],
+    request: Request,
+    scale: float | dict[str, float] | Literal["auto"] | None,
+    shown: MergeProgress,
 ) -> list[Output]:
     require_format(inputs, request)
-    return [
-        Output(
-            path,
+    planned = []
+    for path, given in outputs.items():
+        method, notes = _scaled(inputs, given, request, scale, shown)
+        plan = plan_merge(
+            inputs,
             method,
-            plan_merge(
-                inputs,
-                method,
-                policy=request.policy,
-                dtype=dtype_of(request.dtype),
-                overrides=request.overrides,
-            ),
+            policy=request.policy,
+            dtype=dtype_of(request.dtype),
+            overrides=request.overrides,
         )
-        for path, method in outputs.items()
-    ]
+        plan = dataclasses.replace(plan, notes=(*plan.notes, *notes))
+        planned.append(Output(path, method, plan))
+    return planned
+
+
+def _scaled(
+    inputs: MergeInputs,
+    method: MergeMethod,
+    request: Request,
+    scale: float | dict[str, float] | Literal["auto"] | None,
+    shown: MergeProgress,
+) -> tuple[MergeMethod, tuple[str, ...]]:
+    """Return a method with the scale that was asked for, and what to note of it."""
+    if scale is None:
+        return method, ()
+    if scale != "auto":
+        return with_setting(method, "scale", scale, "scale"), ()
+    from lit_merge.forecast import at_best_scale  # which imports this package
+
+    chosen, found = at_best_scale(
+        inputs, method, policy=request.policy, overrides=request.overrides, start=shown.start
+    )
+    note = f"the scale {found:.4g} is where the experts' curvature expects the least loss: a guess"
+    return chosen, (note,)
 
 
 def _stream(
