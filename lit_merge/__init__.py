@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lit_merge.evaluation.measurement import evaluate
     from lit_merge.evaluation.model_entry import ModelEntry
     from lit_merge.expert import Expert, ExpertInfo, open_expert, write_expert
+    from lit_merge.export import export_task
     from lit_merge.forecast import Forecast, forecast_merge
     from lit_merge.inspection import Inspection, inspect_path
     from lit_merge.merge_record import MergeRecord, read_merge_record
@@ -118,6 +119,7 @@ _HOMES = {
     "WeightedAverage": "methods",
     "curvature_of_checkpoint": "checkpoint_curvature",
     "evaluate": "evaluation.measurement",
+    "export_task": "export",
     "forecast_merge": "forecast",
     "inspect_path": "inspection",
     "merge": "streaming",
@@ -182,6 +184,7 @@ __all__ = [
     "curvature",
     "curvature_of_checkpoint",
     "evaluate",
+    "export_task",
     "forecast_merge",
     "inspect_path",
     "merge",

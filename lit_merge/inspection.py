@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.checkpoint import Checkpoint, fingerprint, open_state_dict
+from lit_merge.checkpoint.bit_masks import scale_of, share_of_ones
 from lit_merge.errors import InputError
 from lit_merge.expert import open_expert
 from lit_merge.merge_record import method_text
@@ -28,6 +30,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["expert", "merged", "corrected", "checkpoint"]
 
+_EXPERT = "expert.json"
+_HESSIAN = "hessian.safetensors"
 _CHUNK = 1 << 20  # elements of a Hessian in memory at a time
 _QUALITY = {"relative_error", "rank_correlation", "num_examples", "worst"}
 
@@ -37,9 +41,9 @@ class Part:
     """One set of tensors in one file or its shards.
 
     Attributes:
-        name: "weights", "hessian", "activations", "gram", "kronecker", "corrections" or
-            "head <task>".
-        file: The file, as seen from the inspected path.
+        name: "weights", "hessian", "activations", "gram", "kronecker", "corrections",
+            "head <task>" or "mask <task>".
+        file: The file, as seen from the inspected path, or the number of shards.
         num_tensors: Number of tensors.
         num_elements: Number of elements of all of them.
         num_bytes: Size of the elements.
@@ -136,9 +140,9 @@ def inspect_path(
     """
     folder = Path(path)
     if (folder / CORRECTION).is_file():
-        return _inspect_folder(folder, "corrected")
+        return _inspect_folder(folder, "corrected", advance)
     if (folder / MERGE).is_file():
-        return _inspect_folder(folder, "merged")
+        return _inspect_folder(folder, "merged", advance)
     expert = open_expert(path)
     try:
         return _inspect_expert(folder, expert, advance)
@@ -176,16 +180,28 @@ def _inspect_expert(
     )
 
 
-def _inspect_folder(folder: Path, kind: Kind) -> Inspection:
-    with open_merged(folder) as merged:
+def _inspect_folder(
+    folder: Path, kind: Kind, advance: Callable[[int, int], None] | None
+) -> Inspection:
+    with ExitStack() as stack:
+        merged = stack.enter_context(open_merged(folder))
         weights = _as_checkpoint(merged.weights)
         parts = [_part("weights", weights, folder)]
         parts += [
             _part(f"head {task}", _as_checkpoint(head), folder)
             for task, head in merged.heads.items()
         ]
+        parts += [_part(f"mask {task}", mask, folder) for task, mask in merged.masks.items()]
         if merged.corrections is not None:
             parts.append(_part("corrections", merged.corrections, folder))
+        traces: dict[str, float] = {}
+        curvature = None
+        if (folder / _EXPERT).is_file() and (folder / _HESSIAN).is_file():  # an expert again
+            expert = stack.enter_context(closing(open_expert(folder)))
+            assert expert.hessian is not None, "it is there"
+            parts.append(_part("hessian", expert.hessian, folder))
+            traces, zeros = _traces(expert.hessian, advance)
+            curvature = _summary(expert.info, traces, zeros, num_elements=parts[-1].num_elements)
         facts: dict[str, Any] = {"tasks": list(merged.tasks)}
         if merged.record is not None:
             record = merged.record.as_dict()
@@ -193,8 +209,11 @@ def _inspect_folder(folder: Path, kind: Kind) -> Inspection:
             facts["sites"] = len(merged.record.sites)
         if "method" in merged.merge:
             facts["method"] = method_text(merged.merge["method"])
-        if merged.merge.get("traces"):
-            facts["traces"] = dict(merged.merge["traces"])
+        facts |= _merge_facts(merged.merge)
+        if merged.masks:
+            shares = {t: share_of_ones(m, weights.infos) for t, m in merged.masks.items()}
+            facts["mask_shares"] = shares
+            facts["mask_scales"] = {task: scale_of(mask) for task, mask in merged.masks.items()}
         said = [*merged.merge.get("warnings", ()), *merged.merge.get("notes", ())]
         return Inspection(
             path=str(folder),
@@ -202,11 +221,34 @@ def _inspect_folder(folder: Path, kind: Kind) -> Inspection:
             source=weights.source,
             fingerprint=fingerprint(weights),
             parts=tuple(parts),
-            tensors=_tensors(weights, {}),
-            curvature=None,
+            tensors=_tensors(weights, traces),
+            curvature=curvature,
             facts=facts,
             notes=tuple(str(note) for note in said),
         )
+
+
+def _merge_facts(merge: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the entries of ``merge.json`` in which a merge differs from a plain one."""
+    facts: dict[str, Any] = {}
+    if merge.get("overrides"):
+        facts["overrides"] = {p: _override(entry) for p, entry in merge["overrides"].items()}
+    if merge.get("leaves") not in (None, len(merge.get("tasks", ()))):
+        facts["experts_in_all"] = merge["leaves"]  # those of merges that were merged
+    if merge.get("dtype"):
+        facts["dtype"] = merge["dtype"]
+    if merge.get("accumulate") not in (None, "float32"):
+        facts["accumulate"] = merge["accumulate"]
+    if merge.get("traces"):
+        facts["traces"] = dict(merge["traces"])
+    return facts
+
+
+def _override(entry: Mapping[str, Any]) -> str:
+    """Return what is different for a pattern of tensors, in words."""
+    if entry.get("method") is not None:
+        return method_text(entry["method"])
+    return str(entry["action"]) if entry.get("scale") is None else f"scale={entry['scale']}"
 
 
 def _as_checkpoint(tensors: Checkpoint | Mapping[str, Tensor]) -> Checkpoint:
@@ -216,9 +258,11 @@ def _as_checkpoint(tensors: Checkpoint | Mapping[str, Tensor]) -> Checkpoint:
 def _part(name: str, checkpoint: Checkpoint, root: Path) -> Part:
     infos = checkpoint.infos.values()
     files = {checkpoint.file_of(tensor) for tensor in checkpoint}
-    file = next(iter(files)) if len(files) == 1 else checkpoint.path
+    file = next(iter(files), checkpoint.path)
     inside = isinstance(file, Path) and file != root and file.is_relative_to(root)
     shown = file.relative_to(root) if isinstance(file, Path) and inside else file.name
+    if len(files) > 1:
+        shown = f"{len(files)} shards"
     return Part(
         name=name,
         file=str(shown),

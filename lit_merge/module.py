@@ -168,6 +168,11 @@ class MergeModule(MergedClassifier):
                 "calibration_examples: must be at least 2, for a variance; got "
                 f"{self.calibration_examples}. 64 are enough."
             )
+        if self.method.masks and self.experts and self.source is None:
+            raise InputError(
+                f"method: must give one model for all tasks; got {type(self.method).__name__}, "
+                "which gives each its own. Merge into a folder, and evaluate or export that."
+            )
         if self.source is not None and self.base is not None:
             raise InputError(
                 f"base: must be left out where merged is given; got {self.base!r}. The folder "
@@ -200,6 +205,7 @@ class MergeModule(MergedClassifier):
             return
         if self.source is not None:
             with open_merged(self.source) as parts:
+                parts.require_one_model(self.source)
                 self._set_up(parts, source=self.source)
         elif self.experts:
             # Every process merges for itself: the results are equal, and no files are shared.

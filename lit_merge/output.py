@@ -72,7 +72,7 @@ def finish_folder(
     Raises:
         InputError: Another process has changed the target in the meantime.
     """
-    _sync_folder(partial)
+    sync_folder(partial)
     if replace:
         _swap_in(partial, target, old, path)
     else:
@@ -300,7 +300,8 @@ def full_disk(path: str | Path, error: OSError) -> InputError:
     )
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Wait until the disk has all that a folder holds."""
     for root, _, files in os.walk(folder):
         for name in files:
             _sync(Path(root) / name)

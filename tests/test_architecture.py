@@ -17,7 +17,7 @@ LAYERS = (
     ("streaming", "forecast", "passes", "tasks"),
     ("callbacks", "merged", "curvature_pass"),
     ("module", "checkpoint_curvature"),
-    ("evaluation", "merge_record", "inspection"),
+    ("evaluation", "merge_record", "inspection", "export"),
     ("terminal", "report"),
     ("cli", "demo"),
 )

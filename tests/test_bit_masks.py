@@ -115,7 +115,7 @@ def test_masks_are_read_from_a_file_with_their_scale(tmp_path: Path) -> None:
         model.tensor("w")
 
 
-@pytest.mark.parametrize("metadata", [{}, {"scale": "much"}, {"scale": "nan"}])
+@pytest.mark.parametrize("metadata", [{}, {"scale": "much"}, {"scale": "nan"}, {"scale": "1e39"}])
 def test_masks_without_a_scale_are_refused(metadata: dict[str, str], tmp_path: Path) -> None:
     path = tmp_path / "svhn.safetensors"
     save_tensors(path, {"w": pack_bits(a_mask())}, metadata)

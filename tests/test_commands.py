@@ -12,6 +12,7 @@ from lit_merge.cli.commands import COMMANDS, Command
 from lit_merge.cli.correct import correct_parser
 from lit_merge.cli.curvature import curvature_parser
 from lit_merge.cli.evaluate import evaluate_parser
+from lit_merge.cli.export import export_parser
 from lit_merge.cli.forecast import forecast_parser
 from lit_merge.cli.merge import merge_parser
 
@@ -21,6 +22,7 @@ PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "forecast": forecast_parser,
     "correct": correct_parser,
     "evaluate": evaluate_parser,
+    "export": export_parser,
 }
 _BY_NAME = {command.name: command for command in COMMANDS}
 

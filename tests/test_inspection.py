@@ -14,8 +14,8 @@ from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo, write_expert
 from lit_merge.inspection import inspect_path
 from lit_merge.merged.folder import CorrectionRecord, write_corrected
-from lit_merge.methods import GradientMatching
-from lit_merge.streaming import merge
+from lit_merge.methods import EMR, Average, GradientMatching, TaskArithmetic
+from lit_merge.streaming import Override, merge
 from lit_merge.terminal import print_inspection
 
 
@@ -166,7 +166,77 @@ def test_merged_folder_shows_tasks_method_and_heads(tmp_path: Path, expert: Path
     assert found.facts["tasks"] == ["svhn"]
     assert found.facts["method"].startswith("GradientMatching(")
     assert found.facts["traces"] == {"svhn": 22.0}
-    assert [part.name for part in found.parts] == ["weights", "head svhn"]
+    assert [part.name for part in found.parts] == ["weights", "head svhn", "hessian"]
+    assert found.curvature is not None
+    assert found.curvature.trace == 22.0  # the head's is not the merge's
+    assert {t.name: t.trace for t in found.tensors} == {
+        "body.weight": 22.0,
+        "body.steps": None,
+        "head.weight": None,
+    }
+
+
+def test_masked_folder_shows_how_much_each_task_uses(tmp_path: Path) -> None:
+    base, body = weights(1), torch.zeros(3, 4)
+    save_tensors(tmp_path / "base.safetensors", {**base, "body.weight": body})
+    changes = {"a": [1.0, 3.0, 1.0, -9.0], "b": [2.0, -1.0, 1.0, -1.0]}
+    for task, row in changes.items():  # elected: plus, plus, plus, minus
+        own = {**base, "body.weight": torch.tensor([row, [0.0] * 4, [0.0] * 4])}
+        write_expert(
+            tmp_path / task,
+            weights=own,
+            info=ExpertInfo(task=task, head_parameters=("head.weight",)),
+        )
+    experts = {task: tmp_path / task for task in changes}
+    merge(tmp_path / "base.safetensors", experts, EMR(), tmp_path / "out", progress=False)
+    found = inspect_path(tmp_path / "out")
+    assert found.kind == "merged"
+    names = [part.name for part in found.parts]
+    assert names == ["weights", "head a", "head b", "mask a", "mask b"]
+    assert found.parts[-1].file == str(Path("masks") / "b.safetensors")
+    assert found.facts["mask_shares"] == {"a": 4 / 12, "b": 3 / 12}
+    # Unified: 2, 3, 1, -9. Task a: (1 + 3 + 1 + 9) / 15; task b: (2 + 1 + 1 + 1) / (2 + 1 + 9).
+    assert found.facts["mask_scales"] == pytest.approx({"a": 14 / 15, "b": 5 / 12})
+    stream = io.StringIO()
+    print_inspection(found, console=Console(file=stream, width=80))
+    assert "mask shares  a: 0.333333, b: 0.25" in stream.getvalue()
+
+
+def test_shards_are_counted(tmp_path: Path, expert: Path) -> None:
+    merge(None, {"svhn": expert}, Average(), tmp_path / "out", shard_bytes=8, progress=False)
+    parts = inspect_path(tmp_path / "out").parts
+    assert parts[0].file == "2 shards"
+    assert parts[0].num_elements == 13
+
+
+def test_what_is_special_about_a_merge_is_shown(tmp_path: Path, expert: Path) -> None:
+    save_tensors(tmp_path / "base.safetensors", weights(1))
+    write_expert(
+        tmp_path / "dtd",
+        weights=weights(2),
+        info=ExpertInfo(task="dtd", head_parameters=("head.weight",)),
+    )
+    base, both = tmp_path / "base.safetensors", {"svhn": expert, "dtd": tmp_path / "dtd"}
+    merge(base, both, Average(), tmp_path / "both", progress=False)
+    merge(
+        base,
+        {"both": tmp_path / "both", "svhn2": expert},
+        TaskArithmetic(0.3),
+        tmp_path / "out",
+        overrides={
+            "body.weight": Override(method=TaskArithmetic(1.0)),
+            "body.*": Override(action="keep"),
+        },
+        dtype="bfloat16",
+        accumulate="float64",
+        progress=False,
+    )
+    facts = inspect_path(tmp_path / "out").facts
+    assert facts["experts_in_all"] == 3
+    assert facts["overrides"] == {"body.weight": "TaskArithmetic(scale=1.0)", "body.*": "keep"}
+    assert (facts["dtype"], facts["accumulate"]) == ("bfloat16", "float64")
+    plain = inspect_path(tmp_path / "both").facts
+    assert not plain.keys() & {"experts_in_all", "overrides", "dtype", "accumulate"}
 
 
 def test_corrected_folder_shows_its_corrections(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lit_merge.evaluation import Evaluation
 from lit_merge.evaluation.measurement import evaluate
 from lit_merge.evaluation.model_entry import ModelEntry
 from lit_merge.expert import ExpertInfo, write_expert
-from lit_merge.methods import Average
+from lit_merge.methods import EMR, Average, MergeMethod, TALLMasks
 from lit_merge.streaming import merge
 from lit_merge.tasks import DatasetTask, Task
 
@@ -237,3 +237,76 @@ def _calibration_order(count: int, chosen: int) -> list[int]:
 
     order = np.random.default_rng(0).permutation(count)[:chosen]
     return sorted(order.tolist())
+
+
+def masked_network(world: World, method: MergeMethod, name: str) -> Net:
+    """Return the dense network that a merge with masks is for a task, made in float64."""
+    base = world.base.state_dict()
+    experts = {task: expert.state_dict() for task, expert in world.experts.items()}
+    body = [tensor for tensor in base if not tensor.startswith("head")]
+    vectors = {t: {n: experts[t][n].double() - base[n].double() for n in body} for t in experts}
+    own = vectors[name]
+    factor, unified, used = 1.0, {}, {}
+    for tensor in body:
+        stacked = torch.stack([vectors[task][tensor] for task in experts])
+        total = stacked.sum(0)
+        if isinstance(method, TALLMasks):
+            unified[tensor] = total
+            used[tensor] = own[tensor].abs() > method.threshold * (total - own[tensor]).abs()
+        else:
+            sign = torch.where(total > 0, 1.0, -1.0)
+            unified[tensor] = sign * (sign * stacked).amax(0)
+            used[tensor] = own[tensor] * unified[tensor] > 0
+    if isinstance(method, EMR):
+        factor = sum(float(own[n].abs().mean()) for n in body)
+        factor /= sum(float((unified[n] * used[n]).abs().mean()) for n in body)
+    net = Net(WIDTHS[name])
+    state = {n: (base[n].double() + factor * used[n] * unified[n]).float() for n in body}
+    head = {n: value for n, value in experts[name].items() if n.startswith("head")}
+    net.load_state_dict({**state, **head})
+    return net
+
+
+@pytest.mark.parametrize("method", [TALLMasks(), EMR()], ids=["TALL", "EMR"])
+def test_a_merge_with_masks_is_tested_as_the_model_of_each_task(
+    world: World, method: MergeMethod, tmp_path: Path
+) -> None:
+    experts = {name: world.root / name for name in WIDTHS}
+    merge(world.root / "base.safetensors", experts, method, tmp_path / "masked", progress=False)
+    models: dict[str, str | ModelEntry] = {"masked": str(tmp_path / "masked")}
+    found = evaluate(trainer(world.root), Net(), models, world.tasks, variance=True, examples=32)
+    assert [(row.kind, row.task) for row in found.rows] == [("merged", "a"), ("merged", "b")]
+    for row in found.rows:
+        inputs, labels = world.held_out(row.task)
+        network = masked_network(world, method, row.task)
+        logits = network(inputs).double()
+        assert row.accuracy == int((logits.argmax(1) == labels).sum()) / len(labels)
+        assert row.nll == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), 1e-4)
+        with open_checkpoint(tmp_path / "masked") as shared:
+            load_into(network, shared, ignore=("head.*",))
+        unmasked = nn.functional.cross_entropy(network(inputs).double(), labels).item()
+        assert row.nll != pytest.approx(unmasked, 1e-3)  # what must not be shown instead
+    (first, *_) = [row for row in found.variances if row.task == "b"]
+    outputs = masked_network(world, method, "b").fc1(world.held_out("b")[0][:32]).double()
+    assert first.variance == pytest.approx(outputs.var(dim=0, correction=0).mean().item(), 1e-4)
+    described = found.provenance["models"]["masked"]
+    assert described["tasks"] == ["a", "b"]
+    assert len(set(described["fingerprint"].values())) == 2
+
+
+def test_a_merge_with_masks_whose_base_is_gone_is_refused(world: World, tmp_path: Path) -> None:
+    with open_checkpoint(world.root / "base.safetensors") as base:
+        save_tensors(tmp_path / "base.safetensors", {n: base.tensor(n) for n in base})
+    experts = {name: world.root / name for name in WIDTHS}
+    merge(tmp_path / "base.safetensors", experts, EMR(), tmp_path / "masked", progress=False)
+    (tmp_path / "base.safetensors").unlink()
+    with pytest.raises(InputError, match=r'model "masked": .*must be the base.*--base PATH'):
+        evaluate(trainer(world.root), Net(), {"masked": str(tmp_path / "masked")}, world.tasks)
+
+
+def test_a_merge_with_masks_of_other_tasks_is_refused(world: World, tmp_path: Path) -> None:
+    experts = {name: world.root / name for name in WIDTHS}
+    merge(world.root / "base.safetensors", experts, EMR(), tmp_path / "masked", progress=False)
+    only = {"a": world.tasks["a"]}
+    with pytest.raises(InputError, match=r'"masked": its tasks must be among a; got b'):
+        evaluate(trainer(world.root), Net(), {"masked": str(tmp_path / "masked")}, only)

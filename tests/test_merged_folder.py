@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lit_merge.correction import Site
 from lit_merge.errors import InputError
-from lit_merge.merged.folder import CorrectionRecord, open_merged, write_corrected
+from lit_merge.merged.folder import CorrectionRecord, has_masks, open_merged, write_corrected
 
 RECORD = CorrectionRecord(
     tasks=("svhn", "dtd"),
@@ -135,3 +136,68 @@ def test_no_record_at_all_is_named():
         InputError, match="checkpoint: must hold the record of a correction; got none"
     ):
         CorrectionRecord.from_dict(None, source="checkpoint")
+
+
+def masked(folder: Path, **changes: object) -> Path:
+    """Write a merged folder with masks, by hand."""
+    written(folder)
+    (folder / "correction.json").unlink()
+    (folder / "masks").mkdir()
+    for task in RECORD.tasks:
+        bits = {"body.0.weight": torch.tensor([5], dtype=torch.uint8)}
+        save_file(bits, folder / "masks" / f"{task}.safetensors", {"scale": "1"})
+    record = {"tasks": list(RECORD.tasks), "method": {"class_path": "EMR"}, **changes}
+    (folder / "merge.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_masks_are_parts_of_a_merged_folder_and_not_one_model(tmp_path):
+    with open_merged(masked(tmp_path / "x")) as parts:
+        assert set(parts.masks) == set(RECORD.tasks)
+        assert parts.masks["dtd"].tensor("body.0.weight").tolist() == [5]
+        with pytest.raises(
+            InputError, match=r"^there: must be one model for all tasks; got a merg"
+        ):
+            parts.require_one_model("there")
+    assert has_masks(tmp_path / "x")
+    with open_merged(written(tmp_path / "y")) as parts:
+        parts.require_one_model("there")
+    assert not has_masks(tmp_path / "y")
+    assert not has_masks(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"method": {"class_path": "lit_merge.methods.emr.EMR"}}, True),
+        ({"method": {"class_path": "lit_merge.methods.tall_masks.TALLMasks"}}, True),
+        ({"method": {"class_path": "lit_merge.methods.tall_masks.Consensus"}}, False),
+        ({"method": {"class_path": "os.path.EMR"}}, False),
+        ({"overrides": {"*": {"method": {"class_path": "lit_merge.methods.emr.EMR"}}}}, True),
+        ({"overrides": {"*": {"method": None}, "a": 3}, "method": None}, False),
+        ({"masks": {}, "method": {"class_path": "lit_merge.methods.emr.EMR"}}, False),
+        ({"masks": {"svhn": "masks/svhn.safetensors"}}, True),
+    ],
+)
+def test_the_record_tells_that_masks_belong_to_a_merge(tmp_path, changes, expected):
+    folder = masked(tmp_path / "x", **changes)
+    shutil.rmtree(folder / "masks")
+    assert has_masks(folder) is expected
+
+
+@pytest.mark.parametrize(
+    ("heads", "expected"),
+    [({}, RECORD.tasks), ({"dtd": 1}, RECORD.tasks), ({"dtd": 1, "cars": 2}, ("dtd", "cars"))],
+)
+def test_heads_that_a_merge_brought_along_are_tasks(tmp_path, heads, expected):
+    folder = masked(tmp_path / "x", heads=heads, masks={})
+    shutil.copy(folder / "heads" / "dtd.safetensors", folder / "heads" / "cars.safetensors")
+    with open_merged(folder) as parts:
+        assert parts.tasks == tuple(expected)
+        assert set(parts.heads) == set(expected)
+
+
+def test_names_of_heads_cannot_leave_the_folder(tmp_path):
+    folder = masked(tmp_path / "x", heads={"../x": "y"}, masks={})
+    with pytest.raises(InputError, match=r"merge\.json: must hold the names of the tasks"):
+        open_merged(folder).__enter__()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import lit_merge.streaming
 from lit_merge.correction import RescaleShift, gather_statistics
 from lit_merge.errors import InputError
-from lit_merge.methods import Average, TaskArithmetic
+from lit_merge.methods import EMR, Average, TaskArithmetic
 from lit_merge.module import MergeModule
 from lit_merge.parameters import ParametersPolicy
 from lit_merge.tasks import ClassificationModule, DatasetTask, MultiTaskDataModule
@@ -469,3 +469,14 @@ class Doubled(RescaleShift):
 def test_a_correction_of_ones_own_is_used(folder, tmp_path):
     module = fit(merge_module(folder, correction=Doubled), tmp_path, max_epochs=1)
     assert all(isinstance(one, Doubled) for one in module.network.corrections.children())
+
+
+def test_a_merge_with_masks_is_no_model_for_all_tasks(folder, tmp_path):
+    experts = {task: str(folder / task) for task in CLASSES}
+    with pytest.raises(InputError, match="method: must give one model for all tasks; got EMR"):
+        MergeModule(base_net(), experts, base=str(folder / "base"), method=EMR())
+    lit_merge.streaming.merge(
+        str(folder / "base"), experts, EMR(), tmp_path / "masked", progress=False
+    )
+    with pytest.raises(InputError, match=r"masked: must be one model .*lit-merge export"):
+        MergeModule.from_folder(tmp_path / "masked", base_net())

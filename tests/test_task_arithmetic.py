@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
 from lit_merge.methods import Average, ParameterSlice, TaskArithmetic
@@ -38,3 +40,32 @@ def test_small_changes_of_large_weights_are_summed_before_they_are_rounded() -> 
     exact = base.double() + sum(expert.double() - base.double() for expert in experts)
     merged = TaskArithmetic()(ParameterSlice("w", names, experts, base))
     assert torch.equal(merged, exact.float())
+
+
+def test_sixteen_bits_are_merged_as_well_by_the_short_sum() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(20_000, generator=generator).bfloat16()
+    experts = tuple(
+        (base.float() + 0.01 * torch.randn(20_000, generator=generator)).bfloat16()
+        for _ in range(4)
+    )
+    untouched = torch.arange(20_000) < 1000
+    experts = tuple(torch.where(untouched, base, expert) for expert in experts)
+    p = ParameterSlice(
+        "w", tuple("abcd"), tuple(e.float() for e in experts), base.float(), coarse=True
+    )
+    for scale in (0.3, {"a": 1.0, "b": -0.5, "c": 0.25, "d": 2.0}):
+        method = TaskArithmetic(scale)
+        exact = method(
+            dataclasses.replace(
+                p,
+                experts=tuple(e.double() for e in experts),
+                base=base.double(),
+                coarse=False,
+            )
+        )
+        made = method(p).bfloat16()
+        assert torch.equal(made[untouched], base[untouched])
+        # Half a unit in the last place, and what float32 loses before that.
+        unit = 2.0 ** (torch.log2(exact.abs()).floor() - 7)
+        assert bool(((made.double() - exact).abs() <= unit * (0.5 + 1e-3)).all())

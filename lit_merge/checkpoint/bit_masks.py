@@ -9,6 +9,7 @@ lowest bit, zeros after the last. Its metadata has ``"scale"``, :math:`λ_t` as 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from torch import Tensor
 
 from lit_merge.checkpoint.tensor_source import Checkpoint, TensorInfo, check_range
 from lit_merge.errors import InputError
+
+_COUNTED = 2**17  # bytes that are counted at a time
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -69,12 +72,27 @@ def scale_of(masks: Checkpoint) -> float:
         scale = float(text or "")
     except ValueError:
         scale = math.nan
-    if not math.isfinite(scale):
+    if not abs(scale) <= torch.finfo(torch.float32).max:  # nor NaN
         raise InputError(
             f'{masks.path}: must have a finite number as "scale" in its metadata; got {text!r}. '
             f"Write the masks again with the merge."
         )
     return scale
+
+
+def share_of_ones(masks: Checkpoint, infos: Mapping[str, TensorInfo]) -> float:
+    """Return the share of the entries of masked tensors that a mask selects.
+
+    Args:
+        masks: The bits by tensor name.
+        infos: The tensors that are masked, by name.
+    """
+    ones = 0
+    for name, info in masks.infos.items():
+        for start in range(0, info.numel, _COUNTED):
+            packed = masks.read(name, start, min(start + _COUNTED, info.numel))
+            ones += int(np.unpackbits(packed.numpy()).sum(dtype=np.int64))
+    return ones / max(sum(infos[name].numel for name in masks), 1)
 
 
 class MaskedCheckpoint(Checkpoint):

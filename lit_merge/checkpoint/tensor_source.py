@@ -86,15 +86,12 @@ class Checkpoint(ABC):
             name: The tensor.
             start: The first element.
             stop: The one after the last.
-            buffer: Bytes (uint8, contiguous) that may be used, and used again once the elements
-                are no longer needed. What is in memory already is returned as a view of it.
+            buffer: A tensor of this type and number of elements that may be filled. What is in
+                memory already is returned as a view of it instead.
         """
         info = self.infos[name]
         check_range(info, name, start, stop)
-        if buffer is None:
-            out = torch.empty(stop - start, dtype=info.dtype)
-        else:
-            out = buffer[: (stop - start) * info.dtype.itemsize].view(info.dtype)
+        out = torch.empty(stop - start, dtype=info.dtype) if buffer is None else buffer
         self.read_into(name, start, out)
         return out
 

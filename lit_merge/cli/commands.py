@@ -186,6 +186,27 @@ COMMANDS: tuple[Command, ...] = (
         example="lit-merge evaluate --config configs/evaluate.yaml --json",
     ),
     Command(
+        name="export",
+        summary="write one task's plain model: shared weights, masked, with its head",
+        function="lit_merge.cli.export:main",
+        usage="--merged FOLDER (--task NAME | --tasks LIST) --output FOLDER [options]",
+        text="Takes a task's model out of a merged folder, as a folder that transformers, timm or "
+        "Lightning loads without lit-merge. After a merge with masks (TALLMasks, EMR) it is the "
+        "masked model of this task; the base is read again for it.",
+        options=(
+            _CONFIG,
+            ("--merged FOLDER", 'what "lit-merge merge" wrote'),
+            ("--task NAME", "the task"),
+            ("--tasks LIST", "several tasks, [svhn,dtd], or all: a folder in the output for each"),
+            ("--output FOLDER", "the folder to write"),
+            ("--base PATH", "what was merged onto, where it has moved"),
+            ("--format NAME", "safetensors, or lightning for model.ckpt"),
+            ("--dtype NAME", "the floating type to write"),
+            _REPLACE,
+        ),
+        example="lit-merge export --merged merged/ --task svhn --output svhn/",
+    ),
+    Command(
         name="report",
         summary="write one self-contained HTML page from evaluation.json and merge.json",
         function="lit_merge.cli.files:report",

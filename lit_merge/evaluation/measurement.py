@@ -1,7 +1,8 @@
 """Measuring models: accuracy and loss on every task, and the two things that explain them.
 
 Every model becomes a :class:`~lit_merge.module.MergeModule`, so that one code tests all of them: a
-base is a merge that adds nothing (with the experts' heads), an expert a merge of one.
+base is a merge that adds nothing (with the experts' heads), an expert a merge of one. A merge with
+masks is as many models as it has tasks: each is built, tested and dropped in turn.
 :func:`evaluate` also fits the control that a correction must beat, a linear head on the base's
 features, and gathers the activations' variance by site.
 """
@@ -9,7 +10,7 @@ features, and gathers the activations' variance by site.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -27,7 +28,9 @@ from lit_merge.evaluation import Evaluation, EvaluationRow, Kind, VarianceRow
 from lit_merge.evaluation.model_entry import ModelEntry, is_merged, resolve_entries
 from lit_merge.expert.info import current_versions
 from lit_merge.heads import detect_heads
-from lit_merge.merged.network import MergedNetwork, choose_sites
+from lit_merge.merged.folder import has_masks
+from lit_merge.merged.network import MergedNetwork, choose_sites, heads_in
+from lit_merge.merged.task_model import open_task_models
 from lit_merge.methods import Average, MergeMethod, TaskArithmetic
 from lit_merge.module import MergeModule
 from lit_merge.parameters import ParametersPolicy
@@ -86,16 +89,18 @@ def evaluate(
     provenance: dict[str, Any] = {}
     notes: list[str] = []
     for name in entries:
-        module = bench.module(name)
-        rank_zero_info(f"Testing {name} ({bench.kind(name)}) on {', '.join(module.tasks)}")
-        rows += bench.test(name, module)
-        if probe and bench.kind(name) == "base":
-            found, left_out = bench.probe(name, module, examples=examples)
-            rows += found
-            notes += left_out
-        if variance and bench.kind(name) in _WITH_VARIANCE:
-            variances += bench.variances(name, module, where=sites, examples=examples)
-        provenance[name] = bench.describe(name, module)
+        described: list[dict[str, Any]] = []
+        for module in bench.modules(name):
+            rank_zero_info(f"Testing {name} ({bench.kind(name)}) on {', '.join(module.tasks)}")
+            rows += bench.test(name, module)
+            if probe and bench.kind(name) == "base":
+                found, left_out = bench.probe(name, module, examples=examples)
+                rows += found
+                notes += left_out
+            if variance and bench.kind(name) in _WITH_VARIANCE:
+                variances += bench.variances(name, module, where=sites, examples=examples)
+            described.append(bench.describe(name, module))
+        provenance[name] = described[0] if len(described) == 1 else _as_one(described)
     return Evaluation(
         tuple(rows),
         tuple(variances),
@@ -145,8 +150,32 @@ class _Bench:
         assert kind is not None  # resolve_entries has said it
         return kind
 
+    def modules(self, name: str) -> Iterator[MergeModule]:
+        """Yield what a model consists of, set up on the CPU: one module for all tasks, or one each.
+
+        Raises:
+            InputError: Files are not as they should be, or do not fit network and tasks.
+        """
+        path = self.entries[name].path
+        if not has_masks(path):
+            yield self.module(name)
+            return
+        try:
+            with open_task_models(path) as models:
+                self._require_tasks(name, models.parts.tasks)
+                for task in models.parts.tasks:
+                    module = MergeModule(self.model)
+                    model = models.model(task)
+                    own = {task: {n: model.tensor(n) for n in model.head}} if model.head else {}
+                    heads = heads_in(module.architecture, model, own)
+                    module.merged = module.build((task,), heads, (), source=path)
+                    module.merged.load_shared(model)
+                    yield module
+        except InputError as error:
+            raise InputError(f'model "{name}": {error}') from error
+
     def module(self, name: str) -> MergeModule:
-        """Return a model, set up on the CPU."""
+        """Return a model whose tasks share their weights, set up on the CPU."""
         entry = self.entries[name]
         experts = {str(e.task): e.path for e in self.of_kind("expert").values()}
         method: MergeMethod = Average()
@@ -167,12 +196,7 @@ class _Bench:
             module.configure_model()
         except InputError as error:
             raise InputError(f'model "{name}": {error}') from error
-        unknown = [task for task in module.tasks if task not in self.tasks]
-        if unknown:
-            raise InputError(
-                f'model "{name}": its tasks must be among {", ".join(self.tasks)}; got '
-                f"{', '.join(unknown)}. Add the task to tasks."
-            )
+        self._require_tasks(name, module.tasks)
         return module
 
     def data(self, module: MergeModule) -> MultiTaskDataModule:
@@ -255,6 +279,14 @@ class _Bench:
         shared = _network_of(module).shared_state()
         return {**asdict(entry), "tasks": list(module.tasks), "fingerprint": fingerprint(shared)}
 
+    def _require_tasks(self, name: str, tasks: Sequence[str]) -> None:
+        unknown = [task for task in tasks if task not in self.tasks]
+        if unknown:
+            raise InputError(
+                f'model "{name}": its tasks must be among {", ".join(self.tasks)}; got '
+                f"{', '.join(unknown)}. Add the task to tasks."
+            )
+
     def _num_test(self, task: str) -> int:
         return len(self.tasks[task].test or ())
 
@@ -267,6 +299,15 @@ class _Bench:
             return merged(self.trainer.strategy.batch_to_device(inputs), index)
 
         return run
+
+
+def _as_one(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the description of a model that is another one for each task."""
+    return {
+        **described[0],
+        "tasks": [task for one in described for task in one["tasks"]],
+        "fingerprint": {one["tasks"][0]: one["fingerprint"] for one in described},
+    }
 
 
 def first_head(merged: MergedNetwork) -> str:

@@ -144,6 +144,22 @@ class MergedParts:
     corrections: Checkpoint | None = None
     masks: Mapping[str, Checkpoint] = field(default_factory=dict)
 
+    def require_one_model(self, source: str) -> None:
+        """Check that all tasks share their weights.
+
+        Args:
+            source: The folder, for messages.
+
+        Raises:
+            InputError: Each task has weights of its own.
+        """
+        if self.masks:
+            raise InputError(
+                f"{source}: must be one model for all tasks; got a merge with masks, which gives "
+                f"each task its own. Take them apart: lit-merge export --merged {source} "
+                f"--tasks all --output FOLDER."
+            )
+
 
 @contextmanager
 def open_merged(path: str | Path, *, base: str | Path | None = None) -> Iterator[MergedParts]:
@@ -176,7 +192,7 @@ def open_merged(path: str | Path, *, base: str | Path | None = None) -> Iterator
         tasks = _task_names(merge.get("tasks"), source=str(merged))
     with ExitStack() as stack:
         weights = stack.enter_context(_open_weights(folder, merge, base, stack))
-        masked = record is None and gives_masks(folder, merge)
+        masked = record is None and _gives_masks(folder, merge)
         present = tasks if record is not None else _own_tasks(merge, tasks, masked=masked)
         heads = _open_each(folder / HEADS, present, "head", stack)
         masks: dict[str, Checkpoint] = {}
@@ -194,13 +210,19 @@ def open_merged(path: str | Path, *, base: str | Path | None = None) -> Iterator
         yield MergedParts(weights, heads, present, merge, record, corrections, masks)
 
 
-def gives_masks(folder: Path, merge: Mapping[str, Any]) -> bool:
-    """Return whether a merge gave each task a model of its own: the shared one, masked.
+def has_masks(path: str | Path) -> bool:
+    """Return whether a path is a merged folder in which each task has a model of its own.
 
-    Args:
-        folder: The merged folder.
-        merge: Contents of its ``merge.json``.
+    Raises:
+        InputError: Its ``merge.json`` is damaged.
     """
+    folder = Path(path)
+    if not (folder / MERGE).is_file() or (folder / CORRECTION).is_file():
+        return False
+    return _gives_masks(folder, _read_json(folder / MERGE))
+
+
+def _gives_masks(folder: Path, merge: Mapping[str, Any]) -> bool:
     if "masks" in merge:
         return bool(merge["masks"])
     overrides = merge.get("overrides")

@@ -15,7 +15,7 @@ from lit_merge.checkpoint import TensorInfo
 _LAST_LAYERS = frozenset(
     ("classifier", "fc", "head", "heads", "logits", "out_proj", "qa_outputs", "score")
 )
-_NAMES_IN_TIMM = ("label_names", "label_descriptions")
+_NAMES_IN_TIMM = ("label_names", "label_descriptions", "labels")
 
 
 def num_classes_of(
@@ -70,8 +70,10 @@ def with_classes(config: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
         if made.get("num_classes") == num_classes:
             return made
         made = _without_names(made) | {"num_classes": num_classes}
-        if isinstance(nested := made.get("pretrained_cfg"), Mapping):
-            made["pretrained_cfg"] = _without_names(nested) | {"num_classes": num_classes}
+        for part in ("pretrained_cfg", "model_args"):
+            nested = made.get(part)
+            if isinstance(nested, Mapping) and "num_classes" in nested:
+                made[part] = _without_names(nested) | {"num_classes": num_classes}
         return made
     named = made.get("id2label")
     if len(named if isinstance(named, Mapping) else ("LABEL_0", "LABEL_1")) != num_classes:

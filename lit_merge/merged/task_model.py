@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lit_merge.checkpoint import Checkpoint, fingerprint
-from lit_merge.checkpoint.bit_masks import MaskedCheckpoint, scale_of
+from lit_merge.checkpoint.bit_masks import MaskedCheckpoint, scale_of, share_of_ones
 from lit_merge.checkpoint.tensor_source import check_range
 from lit_merge.errors import InputError
 from lit_merge.location import Location
@@ -69,6 +69,13 @@ class TaskModels:
         self.require(task)
         return TaskModel(self.parts, task, self.base, dtype=dtype)
 
+    def mask_share(self, task: str) -> float | None:
+        """Return the share of the masked weights that a task uses; None without masks."""
+        if not self.parts.masks:
+            return None
+        assert isinstance(self.parts.weights, Checkpoint), "opened from a folder"
+        return share_of_ones(self.parts.masks[task], self.parts.weights.infos)
+
 
 @contextmanager
 def open_task_models(path: str | Path, *, base: str | Path | None = None) -> Iterator[TaskModels]:
@@ -115,6 +122,8 @@ class TaskModel(Checkpoint):
         dtype: The type of floating tensors; None for their own.
 
     Attributes:
+        head: Shape and type of the task's own tensors.
+        shared: Shape and type of the merged model's.
         scale: What the masked task vector is multiplied with; None without masks.
 
     Raises:
@@ -137,13 +146,14 @@ class TaskModel(Checkpoint):
         self.path: Location = shared.path
         self.source = shared.source
         self.metadata: Mapping[str, str] = {}
+        self.shared = shared.infos
         self.scale: float | None = None
-        self._masked: frozenset[str] = frozenset()
+        self._masks: Checkpoint | None = None
         if parts.masks:
             assert base is not None, "opened where there are masks"
             masks = _with_tied(parts.masks[task], shared, parts.merge)
             self.scale = scale_of(masks)
-            self._masked = frozenset(masks)
+            self._masks = masks
             shared = MaskedCheckpoint(base, shared, masks, self.scale)
         own = parts.heads.get(task)
         assert own is None or isinstance(own, Checkpoint), "opened from a folder"
@@ -153,7 +163,7 @@ class TaskModel(Checkpoint):
                 f"{shared.path}: must lie beside the head of task {task!r}; got none for "
                 f"{sorted(per_task)[0]!r}, which each task has of its own. Merge again."
             )
-        head = own.infos if own is not None else {}
+        head = self.head = own.infos if own is not None else {}
         infos = {
             name: head.get(name, info)
             for name, info in shared.infos.items()
@@ -181,7 +191,7 @@ class TaskModel(Checkpoint):
         source = self._sources[name]
         if out.dtype == source.infos[name].dtype:
             source.read_into(name, start, out)
-            if name in self._masked and not all_finite(out):
+            if self._masks is not None and name in self._masks and not all_finite(out):
                 raise self._too_large(name, out.dtype, f"scaled by {self.scale:g}")
             return
         values = source.read(name, start, stop)

@@ -17,7 +17,13 @@ import torch
 from torch import Tensor
 
 from lit_merge.errors import InputError
-from lit_merge.methods.method import LookAtAll, MergeMethod, ParameterSlice, add_task_vectors
+from lit_merge.methods.method import (
+    LookAtAll,
+    MergeMethod,
+    ParameterSlice,
+    add_task_vectors,
+    weighted_sum,
+)
 from lit_merge.methods.settings import check_choice, check_number, check_scale, per_task
 
 
@@ -31,10 +37,7 @@ def merged_precision(
         base_hessian: :math:`h_0 ≥ 0`, a number or a tensor of the same shape.
         scales: :math:`α_t`.
     """
-    total = torch.zeros_like(hessians[0]) + base_hessian
-    for hessian, scale in zip(hessians, scales, strict=True):
-        total.add_(hessian, alpha=scale)
-    return total
+    return weighted_sum(hessians, scales).add_(base_hessian)
 
 
 def without_precision(
@@ -60,6 +63,8 @@ def match_gradients(
     hessians: Sequence[Tensor],
     base_hessian: Tensor | float,
     scales: Sequence[float],
+    *,
+    precision: Tensor | None = None,
 ) -> Tensor:
     r"""Return the point whose gradient mismatch to the joint model vanishes, to first order.
 
@@ -71,6 +76,7 @@ def match_gradients(
         hessians: :math:`h_t ≥ 0`, sums over the experts' examples, of that shape and dtype.
         base_hessian: :math:`h_0 ≥ 0`, a number or a tensor of that shape.
         scales: :math:`α_t`.
+        precision: The denominator, from :func:`merged_precision`; None to compute it.
 
     Returns:
         The merged tensor. Where the denominator is zero because nothing has been seen, or where
@@ -83,16 +89,18 @@ def match_gradients(
     Note:
         The authors' script divides without a guard and has one scale for all tasks.
     """
-    precision = merged_precision(hessians, base_hessian, scales)
+    if precision is None:
+        precision = merged_precision(hessians, base_hessian, scales)
     if len(experts) == 1:
         share = (hessians[0] + base_hessian).div_(precision).mul_(scales[0])
         merged = torch.lerp(base, experts[0], share)
     else:
         merged = torch.zeros_like(base)
-        weight, vector = torch.empty_like(base), torch.empty_like(base)
+        weight, vector = torch.empty_like(base), torch.empty_like(base)  # for all of them
         for expert, hessian, scale in zip(experts, hessians, scales, strict=True):
             torch.add(hessian, base_hessian, out=weight)
-            merged.addcmul_(torch.sub(expert, base, out=vector), weight, value=scale)
+            torch.sub(expert, base, out=vector)
+            merged.addcmul_(vector, weight, value=scale)
         merged.div_(precision).add_(base)
     unsure = _fallback(hessians, base_hessian, scales, precision)
     if unsure is None:
@@ -194,6 +202,29 @@ class GradientMatching(MergeMethod):
             base, p.experts, p.require_hessians(), self._base_hessian(p), self._scales(p.tasks)
         )
 
+    def merge_with_hessian(self, p: ParameterSlice) -> tuple[Tensor, Tensor]:
+        """Merge one slice, and return its :meth:`hessian` too, for one more addition.
+
+        Raises:
+            InputError: As calling the method.
+        """
+        self._refuse(p)
+        scales, hessians, base_hessian = (
+            self._scales(p.tasks),
+            p.require_hessians(),
+            self._base_hessian(p),
+        )
+        total = weighted_sum(hessians, scales)
+        merged = match_gradients(
+            p.require_base(),
+            p.experts,
+            hessians,
+            base_hessian,
+            scales,
+            precision=total + base_hessian,
+        )
+        return merged, total if min(scales) >= 0 else total.clamp_(min=0)
+
     def precision(self, p: ParameterSlice) -> Tensor:
         r"""Return the precision of the merged slice, :math:`h_0 + \sum_t α_t h_t`.
 
@@ -213,8 +244,7 @@ class GradientMatching(MergeMethod):
         With it, merges compose: merging this result with a further expert of the same base gives
         what merging all of them at once does.
         """
-        hessians = p.require_hessians()
-        return merged_precision(hessians, 0.0, self._scales(p.tasks)).clamp_(min=0)
+        return weighted_sum(p.require_hessians(), self._scales(p.tasks)).clamp_(min=0)
 
     def _count_lost(self, p: ParameterSlice) -> tuple[int, int]:
         lost = self._without_precision(p)

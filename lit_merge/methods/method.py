@@ -8,6 +8,7 @@ all of it, or a flat chunk. No method touches files, ranks or Lightning.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ class ParameterSlice:
             whose Kronecker product stands for the weight's Hessian; None for a tensor without.
         start: The flat position of the slice's first element in the tensor.
         shape: The whole tensor's shape; None where the slice is the whole tensor.
+        coarse: Whether the weights come from types of at most 16 bits, beside which the rounding
+            of float32 is nothing.
         fact: What the method's :meth:`MergeMethod.survey` returned.
     """
 
@@ -51,6 +54,7 @@ class ParameterSlice:
     kronecker: tuple[tuple[Tensor, Tensor], ...] | None = None
     start: int = 0
     shape: tuple[int, ...] | None = None
+    coarse: bool = False
     fact: Any = None
 
     def require_base(self) -> Tensor:
@@ -179,6 +183,10 @@ class MergeMethod(ABC):
         """
         return None
 
+    def merge_with_hessian(self, p: ParameterSlice) -> tuple[Tensor, Tensor | None]:
+        """Merge one slice, and return its :meth:`hessian` too: to be had at once where cheaper."""
+        return self(p), self.hessian(p)
+
     def task_masks(self, p: ParameterSlice) -> tuple[Tensor, ...]:
         """Return which entries of the shared task vector each task uses, as booleans.
 
@@ -216,7 +224,9 @@ def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float | Tensor]) -
 
 
 def add_task_vectors(
-    base: Tensor, experts: Sequence[Tensor], coefficients: Sequence[float | Tensor]
+    base: Tensor,
+    experts: Sequence[Tensor],
+    coefficients: Sequence[float | Tensor],
 ) -> Tensor:
     r"""Return the base plus weighted task vectors.
 
@@ -235,7 +245,7 @@ def add_task_vectors(
     if len(experts) == 1:
         return torch.lerp(base, experts[0], coefficients[0])
     total = (experts[0] - base).mul_(coefficients[0])
-    vector = torch.empty_like(total)  # one for all experts: it stays in the cache
+    vector = torch.empty_like(total)  # one for all of them: it stays in the cache
     for expert, coefficient in zip(experts[1:], coefficients[1:], strict=True):
         torch.sub(expert, base, out=vector)
         if isinstance(coefficient, Tensor):
@@ -243,3 +253,21 @@ def add_task_vectors(
         else:
             total.add_(vector, alpha=coefficient)
     return total.add_(base)
+
+
+def add_coarse_task_vectors(
+    base: Tensor, experts: Sequence[Tensor], coefficients: Sequence[float]
+) -> Tensor:
+    r"""Return what :func:`add_task_vectors` does, up to a few roundings, in half the time.
+
+    .. math:: θ = (1 - \sum_t c_t) θ_0 + \sum_t c_t θ_t
+
+    Good where the result is rounded to fewer bits afterwards. Where an expert has not changed the
+    base, :func:`add_task_vectors` gives exactly the base, and this one after the rounding.
+
+    Args:
+        base: As there.
+        experts: As there.
+        coefficients: As there; numbers.
+    """
+    return weighted_sum(experts, coefficients).add_(base, alpha=1 - math.fsum(coefficients))

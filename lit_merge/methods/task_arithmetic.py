@@ -8,7 +8,12 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from lit_merge.methods.method import MergeMethod, ParameterSlice, add_task_vectors
+from lit_merge.methods.method import (
+    MergeMethod,
+    ParameterSlice,
+    add_coarse_task_vectors,
+    add_task_vectors,
+)
 from lit_merge.methods.settings import check_scale, per_task
 
 
@@ -45,4 +50,5 @@ class TaskArithmetic(MergeMethod):
     def __call__(self, p: ParameterSlice) -> Tensor:
         """Merge one slice."""
         scales = per_task("TaskArithmetic.scale", self.scale, p.tasks)
-        return add_task_vectors(p.require_base(), p.experts, scales)
+        add = add_coarse_task_vectors if p.coarse and len(scales) > 1 else add_task_vectors
+        return add(p.require_base(), p.experts, scales)

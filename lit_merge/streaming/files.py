@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import permutations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -14,7 +15,7 @@ import torch
 from lit_merge.errors import InputError
 from lit_merge.location import is_remote
 from lit_merge.methods import GradientMatching, MergeMethod
-from lit_merge.output import require_free
+from lit_merge.output import require_free, resolved
 from lit_merge.parameters import ParametersPolicy
 from lit_merge.streaming.dry_run import PlanReport, report_plans
 from lit_merge.streaming.folders import merge_into_folders
@@ -201,7 +202,8 @@ def merge_all(
             if is_remote(output):
                 upload_folder(places[output], output, replace=replace)
                 results[index] = dataclasses.replace(results[index], path=output)
-    warn([alarm for result in results for alarm in result.warnings])
+    if process.rank == 0:  # the others have seen their share only
+        warn([alarm for result in results for alarm in result.warnings])
     return results
 
 
@@ -278,6 +280,7 @@ def _require_outputs(
     outputs: Mapping[str | Path, MergeMethod], request: Request, process: Process
 ) -> None:
     inputs = [request.base, request.base_hessian, *request.experts.values()]
+    _require_apart([output for output in outputs if not is_remote(output)])
     for output in outputs:
         if is_remote(output):
             require_free_url(output, replace=request.replace)
@@ -287,8 +290,7 @@ def _require_outputs(
                     f"URL and {process.count} processes. Use one process."
                 )
             continue
-        if process.rank == 0:  # the others may come when it is there
-            require_free(output, replace=request.replace)
+        require_free(output, replace=request.replace)
         if request.replace:
             _require_outside(output, inputs)
 
@@ -363,6 +365,15 @@ def _stream(
         device=device,
         accumulate=DTYPES[request.accumulate],
     )
+
+
+def _require_apart(outputs: Sequence[str | Path]) -> None:
+    for one, other in permutations(outputs, 2):
+        if resolved(one).is_relative_to(resolved(other)):
+            raise InputError(
+                f"outputs: must be folders apart from each other; got {str(one)!r} and "
+                f"{str(other)!r}, one of which is or holds the other. Name other folders."
+            )
 
 
 def _require_outside(output: str | Path, inputs: Iterable[str | Path | None]) -> None:

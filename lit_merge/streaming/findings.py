@@ -44,7 +44,10 @@ class Findings:
                 if not torch.equal(by_task[pair[0]], by_task[pair[1]]):
                     self.equal.discard(pair)
         for task, hessian in zip(p.tasks, p.hessians or (), strict=p.hessians is not None):
-            self.traces.setdefault(task, []).append(float(hessian.sum()))
+            total = float(hessian.sum())
+            if math.isinf(total):  # of finite values: the sum has not fitted
+                total = float(hessian.sum(dtype=torch.float64))
+            self.traces.setdefault(task, []).append(total)
 
     def still(self) -> Findings:
         """Return a copy to go on with, in which nothing has been summed yet."""
@@ -64,7 +67,7 @@ class Findings:
     def as_json(self) -> dict[str, Any]:
         """Return primitives of which :meth:`from_json` makes the same."""
         return {
-            "traces": {task: [math.fsum(sums)] for task, sums in self.traces.items()},
+            "traces": {task: _total(sums) for task, sums in self.traces.items()},
             "unchanged": sorted(self.unchanged),
             "equal": sorted(map(list, self.equal)),
         }
@@ -74,3 +77,9 @@ class Findings:
         """Return what :meth:`as_json` was made of, its sums added up."""
         pairs = {(str(one), str(two)) for one, two in content["equal"]}
         return cls(dict(content["traces"]), set(content["unchanged"]), pairs)
+
+
+def _total(sums: list[float]) -> list[float]:
+    """Return a sum and what its rounding has cut off, so that sums of sums are exact too."""
+    total = math.fsum(sums)
+    return [total, math.fsum([*sums, -total])]

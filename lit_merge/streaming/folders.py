@@ -72,6 +72,8 @@ def merge_into_folders(
         InputError: As :func:`lit_merge.merge`.
     """
     started = time.perf_counter()
+    for output in outputs:
+        _require_one_mask(output.plan)
     heads = carried_heads(stream.inputs, request, outputs)
     parts = parts_of(stream.pieces(), process.count)
     mine = share_of(parts, process.rank, process.count)
@@ -81,14 +83,14 @@ def merge_into_folders(
             stack.enter_context(
                 unfinished_folder(
                     output.path,
-                    digest_of(description(stream.inputs, output, request)),
+                    digest_of(description(stream, output, request)),
                     replace=request.replace,
                     process=process,
                 )
             )
             for output in outputs
         ]
-        _write_parts(stream, outputs, folders, request, mine, len(parts) > 1, shown)
+        _write_parts(stream, folders, request, mine, shown)
         labels = [part.label for part in (parts if process.rank == 0 else mine)]
         if process.rank == 0 and process.count > 1:
             waiting = shown.start("waiting for the other processes", len(labels))
@@ -98,29 +100,24 @@ def merge_into_folders(
             seen = _recorded(stream.inputs, folder, labels)
             result = _result(stream.inputs, output, folder, seen, started)
             if process.rank == 0:
-                result = _finish(stream.inputs, output, folder.path, request, result, heads)
+                result = _finish(stream.inputs, output, folder, request, result, heads)
             results.append(result)
     return results
 
 
 def _write_parts(
     stream: MergeStream,
-    outputs: Sequence[Output],
     folders: Sequence[UnfinishedFolder],
     request: Request,
     parts: Sequence[Part],
-    keep: bool,
     shown: MergeProgress,
 ) -> None:
     """Write the parts that are not done yet, and record each that is."""
     missing = [part for part in parts if any(folder.done(part.label) is None for folder in folders)]
-    advance = shown.start("merging", sum(output.plan.num_bytes for output in outputs))
-    for part in parts:
-        if part not in missing:
-            advance(sum(piece.numel for piece in part.pieces) * len(outputs))
     if not missing:
         return
     stream.survey(lambda total: shown.start("reading ahead", total))
+    advance = shown.start("merging", sum(_size(job.plan, missing, request) for job in stream.jobs))
     with ExitStack() as stack:
         writers = [
             stack.enter_context(_Writers(folder.path, job, stream.inputs.tasks, request))
@@ -129,9 +126,19 @@ def _write_parts(
         for part in missing:
             found = stream.run(part, [writer.sinks for writer in writers], advance=advance)
             for writer, folder, seen in zip(writers, folders, found, strict=True):
-                if keep:  # what is said to be done must survive a power failure, too
-                    writer.sync()
+                writer.sync()  # what is said to be done must survive a power failure, too
                 folder.mark_done(part.label, seen.as_json())
+
+
+def _size(plan: MergePlan, parts: Sequence[Part], request: Request) -> int:
+    """Return how many bytes the parts write of weights, heads and Hessian."""
+    curved = hessian_infos(plan) if request.hessian else {}
+    total = 0
+    for piece in (piece for part in parts for piece in part.pieces):
+        files = (plan.infos, curved) if piece.task is None else (plan.heads.get(piece.task, {}),)
+        found = (infos[piece.name] for infos in files if piece.name in infos)
+        total += piece.numel * sum(info.dtype.itemsize for info in found)
+    return total
 
 
 class _Writers:
@@ -207,28 +214,35 @@ def mask_infos(plan: MergePlan) -> dict[str, TensorInfo]:
 
 
 def mask_scales(job: Job, tasks: Sequence[str]) -> dict[str, float]:
-    """Return what each task multiplies its masked task vector with; empty without masks.
-
-    Raises:
-        InputError: Two methods of one merge give masks.
-    """
-    masking = {id(m): m for m in job.plan.methods.values() if m.masks}
-    if len(masking) > 1:
-        names = " and ".join(type(method).__name__ for method in masking.values())
-        raise InputError(
-            f"overrides: must leave one method that gives masks; got {names}. Take the same one."
-        )
-    for method in masking.values():
+    """Return what each task multiplies its masked task vector with; empty without masks."""
+    for method in _masking(job.plan):
         return dict(zip(tasks, method.task_scales(job.fact(method), tasks), strict=True))
     return {}
 
 
-def description(inputs: MergeInputs, output: Output, request: Request) -> dict[str, Any]:
-    """Return all that decides the bytes of a merge, as JSON."""
-    plan = output.plan
+def _require_one_mask(plan: MergePlan) -> None:
+    masking = _masking(plan)
+    if len(masking) > 1:
+        names = " and ".join(type(method).__name__ for method in masking)
+        raise InputError(
+            f"overrides: must leave one method that gives masks; got {names}. Take the same one."
+        )
+
+
+def _masking(plan: MergePlan) -> list[MergeMethod]:
+    return list({id(m): m for m in plan.methods.values() if m.masks}.values())
+
+
+def description(stream: MergeStream, output: Output, request: Request) -> dict[str, Any]:
+    """Return all that decides the bytes of a merge and the labels of its parts, as JSON."""
+    plan, inputs = output.plan, stream.inputs
     return {
         "versions": current_versions(),
         "inputs": input_files(inputs),
+        "fingerprints": [inputs.base_fingerprint, *inputs.fingerprints.values()],
+        "tasks": inputs.tasks,
+        "leaves": inputs.leaves,
+        "whole": sorted(stream.whole),  # of other outputs too: they cut the pieces of this one
         "method": method_settings(output.method),
         "methods": {name: method_settings(method) for name, method in plan.methods.items()},
         "tensors": [(t.name, t.action, t.alias_of) for t in plan.tensors],
@@ -295,15 +309,17 @@ def _result(
 def _finish(
     inputs: MergeInputs,
     output: Output,
-    folder: Path,
+    unfinished: UnfinishedFolder,
     request: Request,
     result: MergeResult,
     heads: Mapping[str, Location],
 ) -> MergeResult:
     """Write what stands beside the weights; return the result with what there is to note."""
-    plan = output.plan
-    write_index(folder, shards_of(plan.infos, request.shard_bytes))
-    weights, notes = convert(folder, inputs, plan, request)
+    plan, folder = output.plan, unfinished.path
+    shards = shards_of(plan.infos, request.shard_bytes)
+    unfinished.keep_only((*shards, HESSIAN, "heads", "masks"))
+    write_index(folder, shards)
+    weights, notes = convert(folder, inputs, plan, request, before_removal=unfinished.forget)
     with open_checkpoint(folder, base=inputs.base) as merged:
         found = fingerprint(merged)
     if request.format != "adapter":

@@ -6,7 +6,7 @@ place.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from lit_merge.checkpoint import AdapterCheckpoint, Checkpoint, open_checkpoint
@@ -49,7 +49,12 @@ def require_format(inputs: MergeInputs, request: Request) -> None:
 
 
 def convert(
-    folder: Path, inputs: MergeInputs, plan: MergePlan, request: Request
+    folder: Path,
+    inputs: MergeInputs,
+    plan: MergePlan,
+    request: Request,
+    *,
+    before_removal: Callable[[], None],
 ) -> tuple[str, tuple[str, ...]]:
     """Bring the weights in a folder into the form that was asked for.
 
@@ -58,6 +63,7 @@ def convert(
         inputs: What was merged.
         plan: What was done.
         request: What was asked for.
+        before_removal: Called when the new form is written, before the safetensors files go.
 
     Returns:
         The file of the weights, in the folder, and what a user should be told.
@@ -83,6 +89,7 @@ def convert(
         else:
             notes = _write_adapter(folder, merged, inputs, request)
             weights = "."
+    before_removal()
     for file in (*files, *([INDEX] if len(files) > 1 else ())):
         (folder / file).unlink()
     return weights, notes

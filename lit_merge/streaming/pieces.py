@@ -22,7 +22,7 @@ PART = 1 << 27
 """Elements of a part, about: what is done again after a kill."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a large model has a million
 class Piece:
     """A flat range of a tensor.
 

@@ -20,6 +20,7 @@ from lit_merge.parameters import ParametersPolicy, TensorPlan, plan_tensors
 from lit_merge.streaming.inputs import MergeInputs
 from lit_merge.streaming.overrides import Override, methods_of, with_rules
 from lit_merge.streaming.pieces import Piece, chunks, pieces_of
+from lit_merge.streaming.values import equal
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,8 @@ def plan_merge(
     methods = methods_of(leaders, method, overrides)
     for used in {id(m): m for m in methods.values()}.values():
         inputs.require(used)
+    for name, used in methods.items():
+        _require_factors_alike(inputs, (name, *followers.get(name, ())), used)
     curved = {name for name, used in methods.items() if "hessian" in used.needs}
     if curved:
         tensors, unseen = _without_unseen(inputs, tensors, followers, curved)
@@ -178,6 +181,26 @@ def plan_merge(
         ),
         notes=tuple(notes),
     )
+
+
+def _require_factors_alike(
+    inputs: MergeInputs, names: tuple[str, ...], method: MergeMethod
+) -> None:
+    """Check that a tensor has Gram matrices, or Kronecker factors, of all experts or of none."""
+    kinds = {
+        "gram": (inputs.grams, names),
+        "kronecker": (inputs.kronecker, [f"{name}.input" for name in names]),
+    }
+    for kind in method.needs & kinds.keys():
+        files, entries = kinds[kind]
+        has = {task: any(n in files[task] for n in entries) for task in inputs.tasks}
+        if any(has.values()) and not all(has.values()):
+            task = next(task for task, there in has.items() if not there)
+            raise InputError(
+                f"{files[task].path}: must have an entry for tensor {names[0]!r}, as the other "
+                f"experts' have; got none (task {task!r}). Gather it for the same layers of all "
+                f"experts, or take another method for this tensor: overrides."
+            )
 
 
 def _without_unseen(
@@ -233,7 +256,7 @@ def _require_unchanged(inputs: MergeInputs, tensor: TensorPlan, task: str) -> No
         for start, stop in chunks(tensor.info.numel):
             reference = inputs.reference.read(name, start, stop)
             values = expert.read(name, start, stop)
-            if not torch.equal(reference.to(values.dtype), values):
+            if not equal(reference.to(values.dtype), values):
                 raise InputError(
                     f"{inputs.hessians[task].path}: must have an entry for tensor {name!r} (task "
                     f"{task!r}), which the expert of task {other!r} has changed; got none. Run "

@@ -7,7 +7,7 @@ the type to compute in, unless it is of that type already.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from lit_merge.checkpoint import Checkpoint
 from lit_merge.errors import InputError
 from lit_merge.methods import MergeMethod, ParameterSlice
 from lit_merge.streaming.inputs import KRONECKER_SIDES, MergeInputs, stored_name
-from lit_merge.streaming.values import check_hessian, check_values
+from lit_merge.streaming.values import check_hessian, check_values, equal
+
+_CPU = torch.device("cpu")
+_Whole: TypeAlias = tuple[object, torch.dtype, str]
+_Part: TypeAlias = tuple[object, torch.dtype, str, int]
 
 
 class PieceReader:
@@ -40,13 +44,15 @@ class PieceReader:
         self._inputs = inputs
         self._device = device
         self._accumulate = accumulate
-        self._bytes: dict[object, Tensor] = {}
-        self._wide: dict[object, Tensor] = {}
+        self._buffers: dict[_Whole, Tensor] = {}
+        self._typed: dict[_Part, Tensor] = {}
+        self._stored: dict[object, str] = {}
         self._taken: dict[object, Tensor] = {}
         self._checked: set[object] = set()
         self._names: Sequence[str] = ()
         self._start = self._stop = 0
         self._dtype = accumulate
+        self._coarse = False
 
     def open(self, names: Sequence[str], start: int, stop: int) -> None:
         """Go to a piece.
@@ -57,13 +63,18 @@ class PieceReader:
             start: The first flat element.
             stop: The one after the last.
         """
-        self._names, self._start, self._stop = names, start, stop
+        self._start, self._stop = start, stop
         self._taken.clear()
         self._checked.clear()
+        if names == self._names:
+            return
+        self._names = names
+        self._stored.clear()
         inputs = self._inputs
         models = [*inputs.experts.values(), *((inputs.base,) if inputs.base is not None else ())]
-        stored = {model.infos[stored_name(model, names)].dtype for model in models}
+        stored = {model.infos[self._name_in(model)].dtype for model in models}
         self._dtype = torch.float64 if torch.float64 in stored else self._accumulate
+        self._coarse = all(dtype.itemsize <= 2 for dtype in stored)
 
     def slice(
         self,
@@ -91,25 +102,23 @@ class PieceReader:
             InputError: A value cannot be used; names file, tensor and index.
         """
         inputs = self._inputs
-        form = shape if whole else (self._stop - self._start,)
         has_base = inputs.base is not None and "base" in method.needs
         by_curvature = "hessian" in method.needs
 
         def weights(checkpoint: Checkpoint, key: object) -> Tensor:
             values = self._take(checkpoint, key)
             if check and key not in self._checked:
-                name = stored_name(checkpoint, self._names)
-                check_values(values, checkpoint, name, self._start)
+                check_values(values, checkpoint, self._name_in(checkpoint), self._start)
                 self._checked.add(key)
-            return values.view(form)
+            return values.view(shape) if whole else values
 
         def curvature(checkpoint: Checkpoint, key: object) -> Tensor:
             values = self._take(checkpoint, key)
             if key not in self._checked:
-                name = stored_name(checkpoint, self._names)
+                name = self._name_in(checkpoint)
                 check_hessian(values, checkpoint, name, self._start, finite=check)
                 self._checked.add(key)
-            return values.view(form)
+            return values.view(shape) if whole else values
 
         return ParameterSlice(
             name=self._names[0],
@@ -128,6 +137,7 @@ class PieceReader:
             kronecker=self._kronecker() if "kronecker" in method.needs else None,
             start=self._start,
             shape=None if whole else shape,
+            coarse=self._coarse,
             fact=fact,
         )
 
@@ -158,26 +168,27 @@ class PieceReader:
         stop = start + reference.numel()
         buffer = self._buffer("other", checkpoint.infos[name].dtype, reference.numel())
         values = checkpoint.read(name, start, stop, buffer)
-        return torch.equal(reference.to(values.dtype), values)
+        return equal(reference.to(values.dtype), values)
 
     def _check_taken(self, checkpoint: Checkpoint, key: object) -> None:
         if key in self._taken:
-            name = stored_name(checkpoint, self._names)
+            name = self._name_in(checkpoint)
             check_values(self._taken[key], checkpoint, name, self._start)
 
     def _take(self, checkpoint: Checkpoint, key: object) -> Tensor:
         """Return the piece of one model in the type to compute in, read once."""
         if key in self._taken:
             return self._taken[key]
-        name = stored_name(checkpoint, self._names)
+        name = self._name_in(checkpoint)
         numel = self._stop - self._start
         dtype = checkpoint.infos[name].dtype
-        stored = checkpoint.read(name, self._start, self._stop, self._buffer(key, dtype, numel))
+        buffer = self._buffer(key, dtype, numel)
+        stored = checkpoint.read(name, self._start, self._stop, buffer)
         if "hessian" not in str(key):
             self._check_tied(checkpoint, name, stored)
         values = stored
         if stored.dtype != self._dtype or stored.device != self._device:
-            values = self._wider(key, numel).copy_(stored)
+            values = self._buffer(key, self._dtype, numel, self._device).copy_(stored)
         self._taken[key] = values
         return values
 
@@ -186,7 +197,7 @@ class PieceReader:
             if other == name or other not in checkpoint:
                 continue
             buffer = self._buffer("tied", checkpoint.infos[other].dtype, stored.numel())
-            if not torch.equal(checkpoint.read(other, self._start, self._stop, buffer), stored):
+            if not equal(checkpoint.read(other, self._start, self._stop, buffer), stored):
                 raise InputError(
                     f"{checkpoint.file_of(other)}: tied tensors {name!r} and {other!r} must be "
                     f"equal; got different values. Take models in which they are tied, or correct "
@@ -221,15 +232,26 @@ class PieceReader:
         check_values(values.flatten(), checkpoint, name, 0)
         return values
 
-    def _buffer(self, key: object, dtype: torch.dtype, numel: int) -> Tensor:
-        size = numel * dtype.itemsize
-        if key not in self._bytes or self._bytes[key].numel() < size:
-            pinned = self._device.type == "cuda"
-            self._bytes[key] = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
-        return self._bytes[key]
+    def _name_in(self, checkpoint: Checkpoint) -> str:
+        """Return the name of the tensor in one of the inputs."""
+        found = self._stored.get(id(checkpoint))
+        if found is None:
+            found = self._stored[id(checkpoint)] = stored_name(checkpoint, self._names)
+        return found
 
-    def _wider(self, key: object, numel: int) -> Tensor:
-        mine = (key, self._dtype)
-        if mine not in self._wide or self._wide[mine].numel() < numel:
-            self._wide[mine] = torch.empty(numel, dtype=self._dtype, device=self._device)
-        return self._wide[mine][:numel]
+    def _buffer(
+        self, key: object, dtype: torch.dtype, numel: int, device: torch.device = _CPU
+    ) -> Tensor:
+        """Return a tensor that is the same memory each time it is asked for."""
+        mine = (key, dtype, device.type, numel)
+        buffer = self._typed.get(mine)
+        if buffer is None:
+            whole = self._buffers.get(mine[:3])
+            if whole is None or whole.numel() < numel:
+                pinned = self._device.type == "cuda" and device.type == "cpu"
+                whole = torch.empty(numel, dtype=dtype, device=device, pin_memory=pinned)
+                self._buffers[mine[:3]] = whole
+                # Parts of what was replaced would keep it alive.
+                self._typed = {k: v for k, v in self._typed.items() if k[:3] != mine[:3]}
+            buffer = self._typed[mine] = whole[:numel]
+        return buffer

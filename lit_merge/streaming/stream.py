@@ -133,15 +133,19 @@ class MergeStream:
         self._local = threading.local()
         self._average = WeightedAverage(inputs.leaves)
 
-    def pieces(self) -> list[Piece]:
-        """Return the pieces of all that is written, in order."""
-        whole = {
+    @property
+    def whole(self) -> frozenset[str]:
+        """Names of the tensors that some merge takes as a whole."""
+        return frozenset(
             name
             for job in self.jobs
             for name, method in job.plan.methods.items()
             if not method.elementwise
-        }
-        return self.jobs[0].plan.pieces(whole=frozenset(whole))
+        )
+
+    def pieces(self) -> list[Piece]:
+        """Return the pieces of all that is written, in order."""
+        return self.jobs[0].plan.pieces(whole=self.whole)
 
     def survey(self, on_pass: Callable[[int], Callable[[int], None]]) -> None:
         """Let the methods look at all slices before the first is merged.
@@ -254,7 +258,8 @@ class MergeStream:
     ) -> ParameterSlice:
         reader.open(self._names(piece), piece.start, piece.stop)
         shape = job.plan.by_name[piece.name].info.shape
-        return reader.slice(method, shape=shape, whole=not method.elementwise)
+        whole, check = not method.elementwise, not method.carries_nan
+        return reader.slice(method, shape=shape, whole=whole, check=check)
 
     def _do(
         self, reader: PieceReader, job: Job, piece: Piece, sinks: Sinks, findings: Findings
@@ -301,7 +306,8 @@ class MergeStream:
             check=not method.carries_nan,
             fact=job.fact(method),
         )
-        merged = method(p)
+        curved = is_merged and sinks.hessian is not None
+        merged, hessian = method.merge_with_hessian(p) if curved else (method(p), None)
         written = 0
         for name in plan.names(tensor):
             if name in plan.infos:
@@ -310,7 +316,7 @@ class MergeStream:
                 written += values.nbytes
         if is_merged:
             findings.see(p)
-            if sinks.hessian is not None and (hessian := method.hessian(p)) is not None:
+            if sinks.hessian is not None and hessian is not None:
                 info = TensorInfo(tensor.info.shape, torch.float32)
                 values = _written(reader, method, hessian, tensor.name, info, piece.start)
                 sinks.hessian.write(tensor.name, piece.start, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -43,7 +44,7 @@ def check_hessian(
     Raises:
         InputError: One cannot be a sum of squares; names file, tensor and index.
     """
-    if not values.numel() or (bool(values.min() >= 0) and not (finite and not all_finite(values))):
+    if not values.numel() or (bool(values.amin() >= 0) and not (finite and not all_finite(values))):
         return
     fix = "Check the loss on the training data, and compute sums of squared gradients again."
     if all_finite(values):
@@ -72,7 +73,14 @@ def all_finite(values: Tensor) -> bool:
     """Return whether there is no NaN and no infinity, for the cost of a sum."""
     wide = values if values.dtype in (torch.float32, torch.float64) else values.float()
     # Sums carry NaN and infinity; only one that overflows has to be looked at entry by entry.
-    return bool(torch.isfinite(wide.sum())) or bool(torch.isfinite(wide).all())
+    return math.isfinite(wide.sum().item()) or bool(torch.isfinite(wide).all())
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    """Return whether two tensors of one type have the same values, of float8 too."""
+    if one.dtype.is_floating_point and one.dtype.itemsize == 1:  # torch compares none of these
+        one, other = one.float(), other.float()
+    return torch.equal(one, other)
 
 
 def first_not_finite(values: Tensor) -> int:
