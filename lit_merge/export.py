@@ -1,7 +1,8 @@
 """One task's model out of a merged folder, as a plain checkpoint that needs nothing of lit-merge.
 
 The folder that is written holds ``model.safetensors`` (shards with an index where it is large) or
-``model.ckpt``, what a Hugging Face folder has beside its weights, and ``export.json``:
+``model.ckpt``, what a Hugging Face folder has beside its weights, ``expert.json``, by which
+lit-merge knows the head when the model is tested or merged as an expert, and ``export.json``:
 
 ================= ==================================================================================
 format_version    1
@@ -31,11 +32,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lit_merge.checkpoint import Checkpoint, aligned, fingerprint, open_checkpoint
+from lit_merge.checkpoint import Checkpoint, aligned, alignment, fingerprint, open_checkpoint
 from lit_merge.checkpoint.lightning_writer import write_lightning_checkpoint
 from lit_merge.errors import InputError
 from lit_merge.expert import open_expert
-from lit_merge.expert.info import current_versions
+from lit_merge.expert.info import ExpertInfo, current_versions
 from lit_merge.location import is_remote
 from lit_merge.merged.task_config import num_classes_of, with_classes
 from lit_merge.merged.task_model import TaskModel, TaskModels, open_task_models
@@ -44,7 +45,7 @@ from lit_merge.streaming.pieces import chunks
 from lit_merge.streaming.progress import MergeProgress, merge_progress
 from lit_merge.streaming.provenance import copy_companions, write_record
 from lit_merge.streaming.request import dtype_of
-from lit_merge.streaming.shards import ShardedWriter, shards_of, write_index
+from lit_merge.streaming.shards import INDEX, ShardedWriter, shards_of, write_index
 from lit_merge.strict_json import parse_json
 
 FORMAT_VERSION = 1
@@ -53,6 +54,7 @@ ExportFormat = Literal["safetensors", "lightning"]
 
 _RECORD = "export.json"
 _CONFIG = "config.json"
+_EXPERT = "expert.json"
 _LIGHTNING = "model.ckpt"
 
 
@@ -147,6 +149,8 @@ def export_task(
             "versions": current_versions(),
         }
         write_record(folder / _RECORD, record)
+        info = _expert_info(models, model, weights, task, folder=folder, fingerprint=found)
+        (folder / _EXPERT).write_text(info.to_json(), encoding="utf-8")
         num_bytes = sum(info.nbytes for info in weights.infos.values())
     return ExportResult(Path(output), task, num_bytes, share, notes)
 
@@ -265,6 +269,39 @@ def _main_dtype(model: TaskModel) -> str:
         if info.dtype.is_floating_point:
             counts[str(info.dtype).removeprefix("torch.")] += info.numel
     return max(counts, key=lambda name: counts[name], default="float32")
+
+
+def _expert_info(
+    models: TaskModels,
+    model: TaskModel,
+    weights: Checkpoint,
+    task: str,
+    *,
+    folder: Path,
+    fingerprint: str,
+) -> ExpertInfo:
+    """Return what ``expert.json`` says of a task's model.
+
+    Args:
+        models: The merged folder.
+        model: The task's model under the merge's names.
+        weights: The same under the names that were written.
+        task: The task.
+        folder: Where it was written.
+        fingerprint: Of what was written.
+    """
+    names = alignment(model, weights)
+    base = models.parts.merge.get("base")
+    files = [file for file in ("model.safetensors", INDEX, _LIGHTNING) if (folder / file).exists()]
+    return ExpertInfo(
+        task=task,
+        fingerprint=fingerprint,
+        base_fingerprint=base.get("fingerprint") if isinstance(base, Mapping) else None,
+        head_parameters=tuple(names[name] for name in model.head),
+        tied_parameters=tuple(tuple(names[name] for name in group) for group in model.tied),
+        weights=files[0],
+        versions=current_versions(),
+    )
 
 
 def _origin(models: TaskModels, model: TaskModel, task: str, share: float | None) -> dict[str, Any]:

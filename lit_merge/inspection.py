@@ -207,9 +207,7 @@ def _inspect_folder(
             record = merged.record.as_dict()
             facts |= {key: record[key] for key in ("correction", "calibrated", "settings")}
             facts["sites"] = len(merged.record.sites)
-        if "method" in merged.merge:
-            facts["method"] = method_text(merged.merge["method"])
-        facts |= _merge_facts(merged.merge)
+        facts |= _merge_facts(merged.merge, folder)
         if merged.masks:
             shares = {t: share_of_ones(m, weights.infos) for t, m in merged.masks.items()}
             facts["mask_shares"] = shares
@@ -228,19 +226,27 @@ def _inspect_folder(
         )
 
 
-def _merge_facts(merge: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the entries of ``merge.json`` in which a merge differs from a plain one."""
+def _merge_facts(merge: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return the method of a merge, and the entries in which it differs from a plain one."""
     facts: dict[str, Any] = {}
-    if merge.get("overrides"):
-        facts["overrides"] = {p: _override(entry) for p, entry in merge["overrides"].items()}
-    if merge.get("leaves") not in (None, len(merge.get("tasks", ()))):
-        facts["experts_in_all"] = merge["leaves"]  # those of merges that were merged
+    try:
+        if "method" in merge:
+            facts["method"] = method_text(merge["method"])
+        if merge.get("overrides"):
+            facts["overrides"] = {p: _override(entry) for p, entry in merge["overrides"].items()}
+        if int(merge.get("leaves", 0)) > len(merge.get("tasks", ())):
+            facts["experts_in_all"] = merge["leaves"]  # those of merges that were merged
+        if merge.get("traces"):
+            facts["traces"] = dict(merge["traces"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(
+            f"{folder}: must hold the record of a merge; got a damaged one "
+            f"({type(error).__name__}: {error}). Merge again."
+        ) from error
     if merge.get("dtype"):
         facts["dtype"] = merge["dtype"]
-    if merge.get("accumulate") not in (None, "float32"):
+    if merge.get("accumulate", "float32") != "float32":
         facts["accumulate"] = merge["accumulate"]
-    if merge.get("traces"):
-        facts["traces"] = dict(merge["traces"])
     return facts
 
 

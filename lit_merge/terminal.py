@@ -14,7 +14,6 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from lit_merge.curvature.quality import in_words
 from lit_merge.evaluation import EXPERTS, Evaluation, EvaluationRow, Kind
 from lit_merge.merge_record import count_actions
 
@@ -287,6 +286,8 @@ def _curvature_facts(curvature: CurvatureSummary) -> dict[str, object]:
             f"{name} {percent(share)} %" for name, share in curvature.largest.items()
         )
     if curvature.quality is not None:
+        from lit_merge.curvature.quality import in_words  # the whole engine: a quarter second
+
         facts["quality"] = in_words(curvature.quality)
         worst: Mapping[str, Any] = curvature.quality["worst"]
         facts["least_sure"] = ", ".join(

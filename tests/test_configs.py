@@ -20,8 +20,9 @@ from lit_merge.cli.curvature import curvature_parser
 from lit_merge.cli.evaluate import evaluate_parser
 from lit_merge.cli.fit import FitCLI
 from lit_merge.cli.forecast import forecast_parser
-from lit_merge.cli.merge import merge_parser
+from lit_merge.cli.merge import _outputs, merge_parser
 from lit_merge.cli.parsing import instantiate, parse
+from lit_merge.streaming import Override
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -91,6 +92,18 @@ def test_merge_config() -> None:
     assert options.method == lit_merge.GradientMatching(scale=1.0)
     assert options.policy == lit_merge.ParametersPolicy()
     assert options.experts == {"trec": "runs/trec", "subj": "runs/subj"}
+
+
+def test_merge_sweep_config() -> None:
+    options = made(merge_parser(), "merge_sweep.yaml")
+    assert options.sweep == {"scale": [0.25, 0.5, 0.75, 1.0]}
+    assert options.overrides == {
+        "embeddings.*": Override(action="keep"),
+        "encoder.layer.0.*": Override(method=lit_merge.Average()),
+    }
+    assert list(_outputs(options.as_dict())) == [
+        Path("merged/sweep") / f"scale={scale}" for scale in (0.25, 0.5, 0.75, 1.0)
+    ]
 
 
 def test_forecast_config() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ import lightning.pytorch as L
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 import lit_merge
 from lit_merge.checkpoint import fingerprint, open_checkpoint
 from lit_merge.errors import InputError
+from lit_merge.expert import ExpertInfo, open_expert, write_expert
 from lit_merge.export import export_task
 from lit_merge.methods import EMR, Average, MergeMethod, TALLMasks
 from lit_merge.streaming import merge
@@ -230,7 +232,7 @@ def test_lightning_loads_the_model_of_a_task_with_the_experts_settings(tmp_path:
     )
     assert result.notes == ()
     files = sorted(file.name for file in (tmp_path / "out").iterdir())
-    assert files == ["export.json", "model.ckpt"]
+    assert files == ["expert.json", "export.json", "model.ckpt"]
     loaded = Net.load_from_checkpoint(tmp_path / "out" / "model.ckpt", map_location="cpu")
     assert loaded.hparams["classes"] == 4
     states = {task: dict(nets[task].state_dict()) for task in "ab"}
@@ -303,12 +305,44 @@ def test_what_cannot_be_exported_is_refused(tmp_path: Path) -> None:
 
 def test_an_exported_model_is_an_expert_of_the_same_base(tmp_path: Path) -> None:
     folder = merged_by(TALL, tmp_path)
-    paths = {}
+    states, paths = {}, {}
     for task in TASKS:
-        export_task(folder, task, tmp_path / f"{task}-out", progress=False)
         paths[task] = tmp_path / f"{task}-out"
+        export_task(folder, task, paths[task], progress=False)
+        states[task] = load_file(paths[task] / "model.safetensors")
+        with closing(open_expert(paths[task])) as expert:
+            assert expert.info.task == task
+            assert set(expert.info.head_parameters) == {"head.weight", "head.bias"}
     again = merge(tmp_path / "base.safetensors", paths, Average(), tmp_path / "x", progress=False)
     assert again.tasks == TASKS
+    found = load_file(tmp_path / "x" / "model.safetensors")["emb.weight"]
+    expected = (states["svhn"]["emb.weight"] + states["dtd"]["emb.weight"]) / 2
+    torch.testing.assert_close(found, expected)
+
+
+def test_names_of_a_hugging_face_expert_are_those_of_head_and_tied_tensors(tmp_path: Path) -> None:
+    def tied(seed: int, prefix: str) -> dict[str, Tensor]:
+        state = weights(seed)
+        state["lm.weight"] = state["emb.weight"].clone()
+        return {f"{prefix}{name}": value for name, value in state.items()}
+
+    save_file(tied(0, "net."), tmp_path / "base.safetensors")
+    for seed, task in enumerate(TASKS, start=1):
+        info = ExpertInfo(
+            task=task,
+            head_parameters=("head.weight", "head.bias"),
+            tied_parameters=(("emb.weight", "lm.weight"),),
+        )
+        write_expert(tmp_path / task, weights=tied(seed, ""), info=info)
+        (tmp_path / task / "config.json").write_text('{"model_type": "x"}')
+    paths = {task: tmp_path / task for task in TASKS}
+    merge(tmp_path / "base.safetensors", paths, EMR(), tmp_path / "merged", progress=False)
+    export_task(tmp_path / "merged", "dtd", tmp_path / "out", progress=False)
+    assert set(load_file(tmp_path / "out" / "model.safetensors")) == set(tied(0, ""))
+    with closing(open_expert(tmp_path / "out")) as expert:
+        assert set(expert.info.head_parameters) == {"head.weight", "head.bias"}
+        assert set(expert.info.tied_parameters[0]) == {"emb.weight", "lm.weight"}
+    merge(tmp_path / "base.safetensors", {"dtd": tmp_path / "out"}, Average(), tmp_path / "again")
 
 
 def test_the_function_is_part_of_the_library() -> None:

@@ -225,7 +225,7 @@ def test_what_is_special_about_a_merge_is_shown(tmp_path: Path, expert: Path) ->
         tmp_path / "out",
         overrides={
             "body.weight": Override(method=TaskArithmetic(1.0)),
-            "body.*": Override(action="keep"),
+            "body.steps": Override(action="keep"),
         },
         dtype="bfloat16",
         accumulate="float64",
@@ -233,10 +233,24 @@ def test_what_is_special_about_a_merge_is_shown(tmp_path: Path, expert: Path) ->
     )
     facts = inspect_path(tmp_path / "out").facts
     assert facts["experts_in_all"] == 3
-    assert facts["overrides"] == {"body.weight": "TaskArithmetic(scale=1.0)", "body.*": "keep"}
+    assert facts["overrides"] == {
+        "body.weight": "TaskArithmetic(scale=1.0)",
+        "body.steps": "keep",
+    }
     assert (facts["dtype"], facts["accumulate"]) == ("bfloat16", "float64")
     plain = inspect_path(tmp_path / "both").facts
     assert not plain.keys() & {"experts_in_all", "overrides", "dtype", "accumulate"}
+
+
+@pytest.mark.parametrize("changes", [{"overrides": 3}, {"leaves": []}, {"method": "TIES"}])
+def test_a_damaged_record_of_a_merge_is_named(
+    tmp_path: Path, expert: Path, changes: dict[str, object]
+) -> None:
+    merge(None, {"svhn": expert}, Average(), tmp_path / "out", progress=False)
+    file = tmp_path / "out" / "merge.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(InputError, match=r"out: must hold the record of a merge; got a damaged"):
+        inspect_path(tmp_path / "out")
 
 
 def test_corrected_folder_shows_its_corrections(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from lit_merge.evaluation import Evaluation
 from lit_merge.evaluation.measurement import evaluate
 from lit_merge.evaluation.model_entry import ModelEntry
 from lit_merge.expert import ExpertInfo, write_expert
+from lit_merge.export import export_task
 from lit_merge.methods import EMR, Average, MergeMethod, TALLMasks
 from lit_merge.streaming import merge
 from lit_merge.tasks import DatasetTask, Task
@@ -310,3 +311,20 @@ def test_a_merge_with_masks_of_other_tasks_is_refused(world: World, tmp_path: Pa
     only = {"a": world.tasks["a"]}
     with pytest.raises(InputError, match=r'"masked": its tasks must be among a; got b'):
         evaluate(trainer(world.root), Net(), {"masked": str(tmp_path / "masked")}, only)
+
+
+def test_exported_models_are_tested_as_what_they_were_in_the_merge(
+    world: World, tmp_path: Path
+) -> None:
+    experts = {name: world.root / name for name in WIDTHS}
+    merge(world.root / "base.safetensors", experts, EMR(), tmp_path / "masked", progress=False)
+    models: dict[str, str | ModelEntry] = {"masked": str(tmp_path / "masked")}
+    for name in WIDTHS:
+        export_task(tmp_path / "masked", name, tmp_path / name, progress=False)
+        models[name] = str(tmp_path / name)
+    found = evaluate(trainer(world.root), Net(), models, world.tasks)
+    for name in WIDTHS:
+        masked, alone = (row for row in found.rows if row.task == name)
+        assert (masked.kind, alone.kind) == ("merged", "expert")
+        assert masked.accuracy == alone.accuracy
+        assert masked.nll == pytest.approx(alone.nll, 1e-6)

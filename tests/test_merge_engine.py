@@ -6,10 +6,12 @@ import errno
 import fcntl
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,9 +29,11 @@ from lit_merge.methods import (
     Average,
     FisherAverage,
     GradientMatching,
+    KroneckerMatching,
     MergeMethod,
     ModelStock,
     ParameterSlice,
+    RegMean,
     TALLMasks,
     TaskArithmetic,
 )
@@ -104,27 +108,15 @@ def test_other_task_names_are_another_merge(
 
 
 @pytest.mark.usefixtures("small_pieces")
-def test_parts_that_another_output_cut_otherwise_are_not_taken_for_done(
+def test_parts_that_another_output_cuts_otherwise_are_not_taken_for_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces, "PART", 16)
-    for seed, file in enumerate(("base", "a", "b")):
-        generator = torch.Generator().manual_seed(seed)
-        shapes = {"one.w": (2, 4), "three.w": (4, 4), "two.w": (2, 4)}
-        state = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
-        save_file(state, tmp_path / f"{file}.safetensors")
-    base, *experts = (tmp_path / f"{file}.safetensors" for file in ("base", "a", "b"))
-    fresh = merge(base, experts, TaskArithmetic(0.4), tmp_path / "fresh")
-    # The first two of the pieces are three chunks in one case, and two tensors in the other.
-    interrupt_after(
-        monkeypatch, 1, lambda: merge(base, experts, TaskArithmetic(0.4), tmp_path / "out")
-    )
-    both: dict[str | Path, MergeMethod] = {
-        tmp_path / "out": TaskArithmetic(0.4),
-        tmp_path / "whole": TSVM(),
-    }
-    result, _ = merge_all(base, experts, both)
-    assert contents(result.path) == contents(fresh.path)
+    base, experts = save_base(tmp_path), save_experts(tmp_path)
+    alone: dict[str | Path, MergeMethod] = {tmp_path / "out": TaskArithmetic(0.4)}
+    whole: dict[str | Path, MergeMethod] = {tmp_path / "whole": TSVM()}
+    for outputs in (alone, alone | whole, alone):
+        interrupt_after(monkeypatch, 1, lambda: merge_all(base, experts, outputs))  # noqa: B023
+    assert len(list(tmp_path.glob(".out.unfinished-*"))) == 2
 
 
 @pytest.mark.usefixtures("small_pieces")
@@ -518,6 +510,164 @@ def test_the_trace_of_a_hessian_beyond_float32_is_finite() -> None:
     assert again.trace_of(["a"]) == {"a": sum(large.tolist())}
 
 
+@pytest.mark.parametrize("kind", ["gram", "kronecker"])
+def test_factors_that_one_expert_lacks_are_an_error(tmp_path: Path, kind: str) -> None:
+    base, experts = save_base(tmp_path), save_experts(tmp_path)
+    for task, path in experts.items():
+        names = ["linear.weight"] + ["head.weight"] * (task == "svhn") + ["emb.weight"]
+        shapes = {name: weights(0)[name].shape for name in names}
+        entries = (
+            {name: torch.eye(n) for name, (_, n) in shapes.items()}
+            if kind == "gram"
+            else {f"{k}.input": torch.eye(n) for k, (_, n) in shapes.items()}
+            | {f"{k}.output": torch.eye(m) for k, (m, _) in shapes.items()}
+        )
+        save_file(entries, path / f"{kind}.safetensors")
+    method = RegMean() if kind == "gram" else KroneckerMatching()
+    merge(base, experts, method, tmp_path / "out")  # heads are not merged
+    policy = ParametersPolicy(heads="merge")
+    message = rf"dtd/{kind}\.safetensors: must have an entry for tensor 'head\.weight'.*overrides"
+    with pytest.raises(InputError, match=message):
+        merge(base, experts, method, tmp_path / "no", policy=policy)
+    average = {"head.weight": Override(method=Average())}
+    merge(base, experts, method, tmp_path / "yes", policy=policy, overrides=average)
+
+
+def test_a_full_disk_leaves_none_of_several_outputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, experts = save_base(tmp_path), save_experts(tmp_path)
+    pwrite, left = os.pwrite, 20
+
+    def full(*args: Any) -> int:
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(*args)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    outputs: dict[str | Path, MergeMethod] = {tmp_path / "a": Average(), tmp_path / "b": TIES()}
+    with pytest.raises(InputError, match=r"must have room on its disk; got 'No space left"):
+        merge_all(base, experts, outputs)
+    assert not list(tmp_path.glob("[ab]"))
+    assert not list(tmp_path.glob(".[ab].*"))
+
+
+def test_models_of_empty_tensors_are_written(tmp_path: Path) -> None:
+    for file in "bxy":
+        save_file({"w": torch.empty(0, 3)}, tmp_path / f"{file}.safetensors")
+    base, *experts = (tmp_path / f"{file}.safetensors" for file in "bxy")
+    result = merge(base, experts, TaskArithmetic(), tmp_path / "out")
+    assert load_file(result.path / "model.safetensors")["w"].shape == (0, 3)
+
+
+def test_there_must_be_an_output(tmp_path: Path) -> None:
+    base, experts = save_base(tmp_path), save_experts(tmp_path)
+    for call in (merge_all, plan_all):
+        with pytest.raises(InputError, match=r"^outputs: must be one folder or more; got none"):
+            call(base, experts, {})
+
+
+def test_a_long_merge_holds_no_more_memory_than_a_short_one(tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        """Return the most bytes that Python and torch's buffers held at once, less the headers."""
+        for seed, file in enumerate("bxy"):
+            generator = torch.Generator().manual_seed(seed)
+            state = {"w": torch.randn(count, 1 << 16, generator=generator)}
+            save_file(state, tmp_path / f"{file}{count}.safetensors")
+        base, *experts = (tmp_path / f"{file}{count}.safetensors" for file in "bxy")
+        tracemalloc.start()
+        merge(base, experts, TIES(0.3), tmp_path / f"out{count}", threads=1)
+        _, most = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        return most
+
+    peak(1)  # imports
+    short, long = peak(8), peak(200)
+    assert (long - short) / 192 < 1000  # bytes a piece
+
+
+RANKS = """
+import json, os, signal, sys, time
+import lit_merge, torch
+from lit_merge.methods import TIES
+from lit_merge.streaming import pieces, unfinished
+
+torch.set_num_threads(1)
+pieces.CHUNK, pieces.BATCH, pieces.PART = 8, 20, 32
+unfinished._GRACE = 1.0
+base, experts, output = json.loads(sys.argv[1])
+
+
+def merge(rank, count):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(count)}
+    try:
+        lit_merge.merge(base, experts, TIES(0.4), output, threads=1, progress=False)
+    except lit_merge.InputError as error:
+        print(error, file=sys.stderr, flush=True)
+        os._exit(2)
+    os._exit(0)
+
+
+for line in sys.stdin:
+    count, killed = json.loads(line)
+    children = []
+    for rank in range(count):
+        children.append(os.fork())
+        if not children[-1]:
+            merge(rank, count)
+    if killed is not None:
+        time.sleep(killed[1])
+        os.kill(children[killed[0]], signal.SIGKILL)
+    print(json.dumps([os.waitstatus_to_exitcode(os.waitpid(c, 0)[1]) for c in children]), flush=True)
+"""
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("rounds", [4, pytest.param(50, marks=pytest.mark.slow)])
+def test_one_of_several_processes_killed_at_any_moment_leaves_nothing_or_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: int
+) -> None:
+    base, experts = save_base(tmp_path), save_experts(tmp_path)
+    with monkeypatch.context() as patch:
+        for name, size in (("CHUNK", 8), ("BATCH", 20), ("PART", 32)):
+            patch.setattr(pieces, name, size)
+        whole = contents(merge(base, experts, TIES(0.4), tmp_path / "whole").path)
+    out = tmp_path / "outputs" / "out"
+    settings = [str(base), {task: str(path) for task, path in experts.items()}, str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", RANKS, json.dumps(settings)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+
+    def run(count: int, killed: tuple[int, float] | None = None) -> list[int]:
+        print(json.dumps([count, killed]), file=process.stdin, flush=True)
+        codes: list[int] = json.loads(process.stdout.readline())  # type: ignore[union-attr]
+        return codes
+
+    chance = random.Random(rounds)
+    assert run(3) == [0, 0, 0]
+    for _ in range(rounds):
+        assert contents(out) == whole
+        assert [path.name for path in out.parent.iterdir()] == ["out"]
+        shutil.rmtree(out)
+        count = chance.choice((2, 3))
+        codes = run(count, (chance.randrange(count), chance.uniform(0, 0.3)))
+        assert set(codes) <= {0, 2, -9}
+        if not out.exists():
+            assert 0 not in codes
+            again = chance.choice((1, 2, 3))
+            assert run(again) == [0] * again
+    assert contents(out) == whole
+    with process:
+        process.stdin.close()
+
+
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "lit_merge"]
 
 
@@ -541,7 +691,8 @@ def test_a_launcher_hears_of_one_failing_process_and_the_next_run_works(tmp_path
     state = load_file(broken)
     state["norm.weight"][2] = float("nan")  # among the last that are merged: the second process's
     save_file(state, broken)
-    (experts["dtd"] / "expert.json").unlink()  # which knows other weights
+    for file in ("expert.json", "hessian.safetensors"):  # of other weights
+        (experts["dtd"] / file).unlink()
     config = tmp_path / "merge.json"
     settings = {
         "base": str(base),
@@ -556,11 +707,9 @@ def test_a_launcher_hears_of_one_failing_process_and_the_next_run_works(tmp_path
     assert "tensor 'norm.weight' must be finite; got nan at [2]" in failed.stderr
     assert not (tmp_path / "out").exists()
     broken.write_bytes(whole)
-    works = launch(config)
-    assert works.returncode == 0, works.stderr
-    (left,) = tmp_path.glob(".out.*")  # of the other inputs
-    assert "left by another merge" in works.stdout
-    shutil.rmtree(left)
     policy = ParametersPolicy(heads="merge")
+    out = merge(base, experts, TaskArithmetic(0.4), tmp_path / "out", policy=policy)
     one = merge(base, experts, TaskArithmetic(0.4), tmp_path / "one", policy=policy)
-    assert contents(tmp_path / "out") == contents(one.path)
+    assert contents(out.path) == contents(one.path)
+    for left in tmp_path.glob(".out.*"):  # of the other inputs, where the launcher was quicker
+        assert any(str(left) in note for note in out.notes)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from lit_merge.checkpoint import SafetensorsFile, open_checkpoint
 from lit_merge.errors import InputError
@@ -30,7 +30,16 @@ from lit_merge.streaming import Override, folders, merge, merge_all, pieces, pla
 from lit_merge.streaming.overrides import methods_of
 from lit_merge.streaming.pieces import Piece, parts_of, share_of
 from lit_merge.streaming.unfinished import Process, UnfinishedFolder, unfinished_folder
-from tests.merge_files import MERGED, METHODS, SHAPES, TASKS, save_base, save_expert, save_experts
+from tests.merge_files import (
+    MERGED,
+    METHODS,
+    SHAPES,
+    TASKS,
+    save_base,
+    save_expert,
+    save_experts,
+    weights,
+)
 
 
 @pytest.fixture
@@ -446,11 +455,14 @@ def test_a_gpu_gives_what_the_cpu_gives(tmp_path: Path, method: MergeMethod) -> 
 
 
 def test_the_process_is_what_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
         monkeypatch.delenv(name, raising=False)
     assert Process.from_environment() == Process(0, 1)
+    monkeypatch.setenv("SLURM_NTASKS", "5")  # as in a batch script, which runs once
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert Process.from_environment() == Process(0, 1)
     monkeypatch.setenv("SLURM_PROCID", "2")
-    monkeypatch.setenv("SLURM_NTASKS", "5")
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "5")
     assert Process.from_environment() == Process(2, 5)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -483,3 +495,22 @@ def test_a_scale_may_stand_beside_the_method(
     assert contents(one.path) == contents(two.path)
     with pytest.raises(InputError, match=r"^scale: must name a setting of Average"):
         merge(base, experts, Average(), tmp_path / "out", scale=0.3)
+
+
+def test_tensors_that_only_the_base_or_an_expert_has_are_carried(tmp_path: Path) -> None:
+    state = weights(0) | {"emb.position_ids": torch.arange(7), "lm_head.weight": torch.ones(2, 3)}
+    save_file(state, tmp_path / "base.safetensors")
+    experts = save_experts(tmp_path)
+    extra = weights(3) | {"classifier.weight": torch.zeros(5, 6)}
+    save_file(extra, tmp_path / "extra.safetensors")
+    result = merge(
+        tmp_path / "base.safetensors",
+        {**experts, "extra": tmp_path / "extra.safetensors"},
+        TaskArithmetic(0.3),
+        tmp_path / "out",
+    )
+    made = load_file(Path(result.path) / "model.safetensors")
+    assert torch.equal(made["emb.position_ids"], torch.arange(7))
+    assert torch.equal(made["lm_head.weight"], torch.ones(2, 3))
+    heads = load_file(Path(result.path) / "heads" / "extra.safetensors")
+    assert torch.equal(heads["classifier.weight"], torch.zeros(5, 6))

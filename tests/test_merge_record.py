@@ -9,8 +9,9 @@ import torch
 from lit_merge.checkpoint import save_tensors
 from lit_merge.errors import InputError
 from lit_merge.merge_record import read_merge_record
-from lit_merge.methods import TIES
-from lit_merge.streaming import merge
+from lit_merge.methods import EMR, TIES
+from lit_merge.report import write_report
+from lit_merge.streaming import Override, merge
 
 
 @pytest.fixture
@@ -60,3 +61,25 @@ def test_damaged_record_is_refused_by_name(merged: Path, changes: dict[str, obje
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(InputError, match=r"merge\.json: must hold the record of a merge"):
         read_merge_record(file)
+
+
+def test_what_is_special_about_a_merge_is_provenance(tmp_path: Path) -> None:
+    for index, name in enumerate(("base", "a", "b")):
+        state = {n: torch.arange(6.0) * (index + 1) for n in ("v", "w")}
+        save_tensors(tmp_path / f"{name}.safetensors", state)
+    merge(
+        tmp_path / "base.safetensors",
+        {task: tmp_path / f"{task}.safetensors" for task in "ab"},
+        EMR(),
+        tmp_path / "merged",
+        overrides={"w": Override(action="keep")},
+        accumulate="float64",
+        progress=False,
+    )
+    record = read_merge_record(tmp_path / "merged" / "merge.json")
+    assert record.actions() == {"merge": (1, 6), "keep": (1, 6)}
+    assert record.provenance["leaves"] == 2
+    assert record.provenance["accumulate"] == "float64"
+    assert record.provenance["overrides"]["w"]["action"] == "keep"
+    path = write_report(tmp_path / "report.html", None, merges=[record])
+    assert "accumulate: float64" in path.read_text()

@@ -106,16 +106,23 @@ COMMANDS: tuple[Command, ...] = (
         summary="merge experts into one model, from files to files, without data",
         function="lit_merge.cli.merge:main",
         usage="--config FILE [options]",
-        text="Reads base, experts and Hessians tensor by tensor and writes the merged folder. "
-        "Memory does not grow with the model. Under torchrun the first process merges and the "
-        "others exit at once.",
+        text="Reads base, experts and Hessians in small pieces, on every core, and writes the merged "
+        "folder; memory does not grow with the model. Takes Lightning and torch checkpoints, "
+        "safetensors, Hugging Face and timm folders, distributed checkpoints, LoRA adapters and "
+        "URLs. A merge that was killed goes on when the same command runs again. Under torchrun each "
+        "process writes its share.",
         options=(
             _CONFIG,
             ("--base PATH", "the model that the experts were fine-tuned from"),
-            ("--experts.TASK PATH", "an expert: folder or checkpoint file"),
-            ("--method CLASS", "GradientMatching, FisherAverage, TaskArithmetic, TIES, Average, …"),
+            ("--experts.TASK PATH", "an expert: folder, checkpoint file or LoRA adapter"),
+            ("--method CLASS", "GradientMatching, TaskArithmetic, TIES, … (docs/methods.md)"),
             ("--method.NAME VALUE", "an argument of the method"),
-            ("--output FOLDER", "the merged folder to write"),
+            ("--scale VALUE", "the method's scale; auto for the forecast's"),
+            ("--overrides MAPPING", "another method, scale or action, by pattern of tensor names"),
+            ("--output FOLDER", "the merged folder to write, or its URL"),
+            ("--sweep MAPPING", "values by setting: a folder for each, from one reading"),
+            ("--format FORM", "safetensors, lightning, distributed or adapter"),
+            ("--plan", "say what would happen to each tensor, and write nothing"),
             _REPLACE,
         ),
         example="lit-merge merge --config configs/merge.yaml --method TIES --method.density 0.2",

@@ -124,6 +124,7 @@ class TaskModel(Checkpoint):
     Attributes:
         head: Shape and type of the task's own tensors.
         shared: Shape and type of the merged model's.
+        tied: Groups of names that are one tensor.
         scale: What the masked task vector is multiplied with; None without masks.
 
     Raises:
@@ -171,6 +172,11 @@ class TaskModel(Checkpoint):
         }
         infos |= {name: info for name, info in head.items() if name not in infos}
         self._sources = {name: own if own and name in head else shared for name in infos}
+        groups: dict[str, list[str]] = {}
+        for name, leader in _recorded(parts.merge, "alias_of").items():
+            if isinstance(leader, str) and name in infos and leader in infos:
+                groups.setdefault(leader, [leader]).append(name)
+        self.tied = tuple(map(tuple, groups.values()))
         self.infos = {
             name: replace(info, dtype=dtype) if dtype and info.dtype.is_floating_point else info
             for name, info in infos.items()

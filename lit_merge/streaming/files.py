@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from itertools import permutations
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -15,8 +12,8 @@ import torch
 from lit_merge.errors import InputError
 from lit_merge.location import is_remote
 from lit_merge.methods import GradientMatching, MergeMethod
-from lit_merge.output import require_free, resolved
 from lit_merge.parameters import ParametersPolicy
+from lit_merge.streaming.destinations import local_folders, require_outputs
 from lit_merge.streaming.dry_run import PlanReport, report_plans
 from lit_merge.streaming.folders import merge_into_folders
 from lit_merge.streaming.formats import require_format
@@ -30,7 +27,7 @@ from lit_merge.streaming.result import MergeResult, warn
 from lit_merge.streaming.shards import SHARD_BYTES
 from lit_merge.streaming.stream import MergeStream
 from lit_merge.streaming.unfinished import Process
-from lit_merge.upload import require_free_url, upload_folder
+from lit_merge.upload import upload_folder
 
 
 def merge(
@@ -64,8 +61,9 @@ def merge(
     ``masks/<task>.safetensors``. The folder appears whole or not at all; a merge that was killed
     goes on where it was when it is called again.
 
-    Under a launcher of several processes (torchrun, srun), each writes its share; the bytes are
-    those of one process. The first one ends with the finished folder.
+    Under a launcher of several processes (torchrun, srun), each writes its share, and all of them
+    end when the folder is finished. The bytes are those of one process; for methods that take whole
+    tensors apart (singular values), those of one with as many threads of torch.
 
     Args:
         base: What the experts were fine-tuned from: a checkpoint file, an expert folder or a
@@ -186,10 +184,10 @@ def merge_all(
     )
     process = Process.from_environment()
     where = _device(device)
-    _require_outputs(outputs, request, process)
+    require_outputs(outputs, request, process)
     with (
         open_inputs(base, request.experts, base_hessian) as inputs,
-        _local_folders(outputs) as places,
+        local_folders(outputs) as places,
         merge_progress(shown=progress and process.rank == 0) as shown,
     ):
         here: dict[str | Path, MergeMethod] = {
@@ -233,7 +231,7 @@ def plan_all(
     """
     request = _request(base=base, experts=experts, **options)
     where = _device(device)
-    _require_outputs(outputs, request, Process())
+    require_outputs(outputs, request, Process())
     with (
         open_inputs(base, request.experts, request.base_hessian) as inputs,
         merge_progress(shown=False) as shown,
@@ -274,37 +272,6 @@ def _request(
         rank=rank,
         shard_bytes=shard_bytes,
     )
-
-
-def _require_outputs(
-    outputs: Mapping[str | Path, MergeMethod], request: Request, process: Process
-) -> None:
-    inputs = [request.base, request.base_hessian, *request.experts.values()]
-    _require_apart([output for output in outputs if not is_remote(output)])
-    for output in outputs:
-        if is_remote(output):
-            require_free_url(output, replace=request.replace)
-            if process.count > 1:
-                raise InputError(
-                    f"{output}: must be a local folder when several processes share a merge; got a "
-                    f"URL and {process.count} processes. Use one process."
-                )
-            continue
-        require_free(output, replace=request.replace)
-        if request.replace:
-            _require_outside(output, inputs)
-
-
-@contextmanager
-def _local_folders(outputs: Iterable[str | Path]) -> Iterator[dict[str | Path, Path]]:
-    """Yield where each output is written: URLs into a folder that is removed afterwards."""
-    with ExitStack() as stack:
-        yield {
-            output: Path(stack.enter_context(TemporaryDirectory(prefix="lit-merge-"))) / "merged"
-            if is_remote(output)
-            else Path(output)
-            for output in outputs
-        }
 
 
 def _planned(
@@ -365,25 +332,6 @@ def _stream(
         device=device,
         accumulate=DTYPES[request.accumulate],
     )
-
-
-def _require_apart(outputs: Sequence[str | Path]) -> None:
-    for one, other in permutations(outputs, 2):
-        if resolved(one).is_relative_to(resolved(other)):
-            raise InputError(
-                f"outputs: must be folders apart from each other; got {str(one)!r} and "
-                f"{str(other)!r}, one of which is or holds the other. Name other folders."
-            )
-
-
-def _require_outside(output: str | Path, inputs: Iterable[str | Path | None]) -> None:
-    folder = Path(output).resolve()
-    for path in inputs:
-        if path is not None and Path(path).resolve().is_relative_to(folder):
-            raise InputError(
-                f"{output}: must not hold the inputs when it is replaced; got {str(path)!r} in it. "
-                f"Name another output folder."
-            )
 
 
 def _device(name: str) -> torch.device:

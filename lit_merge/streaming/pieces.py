@@ -98,7 +98,7 @@ def batches_of(pieces: Sequence[Piece]) -> list[tuple[Piece, ...]]:
 
 
 def parts_of(pieces: Sequence[Piece], processes: int) -> list[Part]:
-    """Return pieces in runs of about :data:`PART` elements, and no fewer than there are processes.
+    """Return pieces in runs of about :data:`PART` elements, for each process one if they suffice.
 
     Args:
         pieces: All of them.
@@ -111,7 +111,7 @@ def parts_of(pieces: Sequence[Piece], processes: int) -> list[Part]:
     for run in _runs(pieces, -(-total // number)):
         parts.append(Part(first, run))
         first += len(run)
-    return parts
+    return parts or [Part(0, ())]  # a model without an element is written too
 
 
 def share_of(parts: Sequence[Part], rank: int, processes: int) -> list[Part]:

@@ -72,7 +72,8 @@ class PieceReader:
         self._stored.clear()
         inputs = self._inputs
         models = [*inputs.experts.values(), *((inputs.base,) if inputs.base is not None else ())]
-        stored = {model.infos[self._name_in(model)].dtype for model in models}
+        found = [model.infos.get(self._name_in(model)) for model in models]
+        stored = {info.dtype for info in found if info is not None}  # what is kept may be in one
         self._dtype = torch.float64 if torch.float64 in stored else self._accumulate
         self._coarse = all(dtype.itemsize <= 2 for dtype in stored)
 

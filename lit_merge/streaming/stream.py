@@ -2,7 +2,7 @@
 
 Several merges of the same inputs share one reading. Pieces are computed in several threads; they do
 not depend on each other, and sinks take them in any order, so that the result is the same bits
-however many threads or processes there are.
+however many threads or processes there are; but for what torch's own threads do to whole tensors.
 """
 
 from __future__ import annotations

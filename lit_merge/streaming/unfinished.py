@@ -58,7 +58,8 @@ class Process:
     @classmethod
     def from_environment(cls) -> Process:
         """Return what a launcher (torchrun, srun) says in the environment."""
-        for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_NTASKS")):
+        # Not SLURM_NTASKS: a batch script has it, too, and runs once.
+        for rank, count in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
             if rank in os.environ and count in os.environ:
                 return cls(int(os.environ[rank]), int(os.environ[count]))
         return cls()
