@@ -178,6 +178,8 @@ def _recorded_expert(models: TaskModels, task: str) -> _Expert:
     path, known = entry.get("path"), entry.get("fingerprint")
     if not isinstance(path, str) or is_remote(path) or not Path(path).exists():
         return _Expert()
+    if entry.get("source") == "adapter":  # it has the base's names and configuration
+        return _Expert()
     try:
         with closing(open_expert(path, base=models.base)) as expert:
             names = tuple(expert.weights)
@@ -235,31 +237,42 @@ def _write_companions(
 ) -> tuple[str, ...]:
     """Copy what stands beside the weights; return what a user should be told about it."""
     dtype = _main_dtype(model)
-    copy_companions(models.path, folder, dtype=dtype)
-    if expert.config is not None:
-        copy_companions(expert.config, folder, dtype=dtype)
-        return ()
-    file = folder / _CONFIG
-    if not file.is_file():
+    sources = [
+        source
+        for source in (models.path, expert.config)
+        if source is not None and (source / _CONFIG).is_file()
+    ]
+    for source in sources:
+        _read_config(source / _CONFIG)  # refused before it is copied
+        copy_companions(source, folder, dtype=dtype)
+    if expert.config is not None or not sources:
         return ()
     classes, differs = num_classes_of(model.head, model.shared)
     if classes is None:
         note = f"{_CONFIG}: is the base's, and its number of classes may be another; check it"
         return (note,) if differs else ()
-    try:
-        content = parse_json(file.read_bytes())
-    except ValueError as error:
-        raise InputError(
-            f"{models.path / _CONFIG}: must be JSON; got {error}. Merge again."
-        ) from error
-    fitting = with_classes(content, classes)
-    if fitting == content:
+    copied = _read_config(folder / _CONFIG)  # with its dtype
+    fitting = with_classes(copied, classes)
+    if fitting == copied:
         return ()
-    write_record(file, fitting)
+    write_record(folder / _CONFIG, fitting)
     return (
         f"{_CONFIG}: is the base's with {classes} classes, whose names are not known, as the "
         f"expert has no {_CONFIG}",
     )
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    try:
+        content = parse_json(file.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{file}: must be JSON; got {error}. Save the model again.") from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{file}: must hold entries by name; got {type(content).__name__}. Save the model "
+            f"again."
+        )
+    return content
 
 
 def _main_dtype(model: TaskModel) -> str:

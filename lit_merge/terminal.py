@@ -93,6 +93,8 @@ def print_merge(result: MergeResult, *, console: Console | None = None) -> None:
     """
     console = console or Console()
     title = f"Merged {', '.join(result.tasks)} into {result.path} in {result.seconds:.1f} s"
+    if result.num_bytes and result.seconds > 0:
+        title += f", {size(int(result.num_bytes / result.seconds))}/s"
     console.print(Text(title, style="bold"), soft_wrap=True)
     table = _simple_table("action", "tensors", "elements", right=(1, 2))
     actions = count_actions((tensor.action, tensor.info.numel) for tensor in result.record)

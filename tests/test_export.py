@@ -21,8 +21,10 @@ from lit_merge.checkpoint import fingerprint, open_checkpoint
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo, open_expert, write_expert
 from lit_merge.export import export_task
-from lit_merge.methods import EMR, Average, MergeMethod, TALLMasks
+from lit_merge.methods import EMR, Average, MergeMethod, TALLMasks, TaskArithmetic
+from lit_merge.parameters import ParametersPolicy
 from lit_merge.streaming import merge
+from tests import tiny_adapters
 from tests.merge_files import TASKS, save_base, save_expert, save_experts, weights
 
 TALL = TALLMasks(threshold=0.4)
@@ -246,7 +248,7 @@ def test_lightning_loads_the_model_of_a_task_with_the_experts_settings(tmp_path:
     wider = export_task(
         tmp_path / "merged", "a", tmp_path / "a", format="lightning", progress=False
     )
-    assert wider.notes[0].startswith(f"{tmp_path / 'a' / 'model.ckpt'}: without hyper-parameters")
+    assert wider.notes[0].startswith(f"{tmp_path / 'a' / 'model.ckpt'}: has no hyper-parameters")
 
 
 @pytest.mark.parametrize("method", [Average(), EMR()], ids=["shared", "masked"])
@@ -278,6 +280,46 @@ def test_one_expert_alone_is_exported_bit_for_bit(tmp_path: Path) -> None:
     found, state = load_file(tmp_path / "out" / "model.safetensors"), weights(1, classes=4)
     del state["norm.num_batches_tracked"]  # a counter, kept as in the base
     assert all(torch.equal(found[name], value) for name, value in state.items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_merge_that_was_written_as_an_adapter_is_exported_whole(tmp_path: Path) -> None:
+    model = tiny_adapters.bert()
+    base = tiny_adapters.save_base(model, tmp_path)
+    adapters = {}
+    for seed, task in enumerate(("one", "two"), start=1):
+        adapted = tiny_adapters.adapted(model, seed, target_modules=["query", "dense"])
+        adapters[task] = tiny_adapters.save_adapter(adapted, tmp_path / task)
+    for name, form in (("whole", "safetensors"), ("small", "adapter")):
+        merge(
+            base,
+            adapters,
+            TaskArithmetic(0.5),
+            tmp_path / name,
+            format=form,  # type: ignore[arg-type]
+            rank=8 if form == "adapter" else None,  # both of rank 4: nothing is lost
+            policy=ParametersPolicy(heads="merge"),
+            progress=False,
+        )
+    result = export_task(tmp_path / "small", "one", tmp_path / "out", progress=False)
+    assert result.notes == ()
+    expected = load_file(tmp_path / "whole" / "model.safetensors")
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5)
+    base.unlink()
+    with pytest.raises(InputError, match=r"must be the base that .*merge\.json names; got no such"):
+        export_task(tmp_path / "small", "one", tmp_path / "again", progress=False)
+
+
+@pytest.mark.parametrize("text", ["{", "[]"])
+def test_a_damaged_configuration_is_refused(tmp_path: Path, text: str) -> None:
+    folder = merged_by(Average(), tmp_path)
+    (folder / "config.json").write_text(text)
+    with pytest.raises(InputError, match=r"merged/config\.json: must"):
+        export_task(folder, "svhn", tmp_path / "out", progress=False)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path: Path) -> None:

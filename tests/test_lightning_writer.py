@@ -193,7 +193,7 @@ def test_without_a_template_there_are_no_settings(tmp_path: Path) -> None:
     for template in (None, tmp_path / "base.safetensors", tmp_path / "base.pt", tmp_path):
         (tmp_path / "x.ckpt").unlink(missing_ok=True)
         (note,) = write_lightning_checkpoint(tmp_path / "x.ckpt", StateDict(state), template)
-        assert "without hyper-parameters, as" in note
+        assert "has no hyper-parameters, since" in note
         module = load(tmp_path / "x.ckpt", width=6)
         assert all(torch.equal(v, state[n]) for n, v in module.state_dict().items())
         (tmp_path / "x.ckpt").unlink()

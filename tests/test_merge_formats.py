@@ -208,6 +208,15 @@ def test_adapters_become_one_adapter_that_peft_loads(tmp_path: Path, rank: int |
     assert not (Path(made.path) / "expert.json").exists()
 
 
+def test_a_merge_with_masks_is_no_expert(tmp_path: Path) -> None:
+    from lit_merge.methods import EMR
+
+    base, experts = save_base(tmp_path), save_experts(tmp_path)
+    masked = merge(base, experts, EMR(), tmp_path / "masked")
+    with pytest.raises(InputError, match=r"masked: must be one model .*\"lit-merge export"):
+        merge(base, {"m": masked.path, "x": experts["svhn"]}, Average(), tmp_path / "out")
+
+
 def test_a_single_expert_at_scale_one_comes_back_in_every_form(tmp_path: Path) -> None:
     base, experts = save_base(tmp_path), save_experts(tmp_path)
     one = {"svhn": experts["svhn"]}

@@ -94,7 +94,7 @@ def lightning_contents(
     found = None if given is None else read_template(given)
     if found is None:
         note = (
-            f"{path}: without hyper-parameters, as {template or 'no template'} is no Lightning "
+            f"{path}: has no hyper-parameters, since {template or 'the base'} is no Lightning "
             "checkpoint: give them to load_from_checkpoint"
         )
         return content, {name: name for name in weights}, (note,)

@@ -106,11 +106,11 @@ COMMANDS: tuple[Command, ...] = (
         summary="merge experts into one model, from files to files, without data",
         function="lit_merge.cli.merge:main",
         usage="--config FILE [options]",
-        text="Reads base, experts and Hessians in small pieces, on every core, and writes the merged "
-        "folder; memory does not grow with the model. Takes Lightning and torch checkpoints, "
+        text="Reads base, experts and Hessians in small pieces, on every core, and writes the "
+        "merged folder; memory does not grow with the model. Takes Lightning and torch checkpoints, "
         "safetensors, Hugging Face and timm folders, distributed checkpoints, LoRA adapters and "
-        "URLs. A merge that was killed goes on when the same command runs again. Under torchrun each "
-        "process writes its share.",
+        "URLs. A merge that was killed goes on when the same command runs again. Under torchrun "
+        "each process writes its share.",
         options=(
             _CONFIG,
             ("--base PATH", "the model that the experts were fine-tuned from"),

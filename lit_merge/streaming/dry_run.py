@@ -17,9 +17,8 @@ from lit_merge.checkpoint import TensorInfo
 from lit_merge.methods import MergeMethod
 from lit_merge.parameters import TensorPlan
 from lit_merge.streaming.folders import HESSIAN, hessian_infos
-from lit_merge.streaming.inputs import MergeInputs, stored_name
 from lit_merge.streaming.pieces import Part, Piece
-from lit_merge.streaming.plan import MergePlan
+from lit_merge.streaming.plan import MergePlan, bytes_read
 from lit_merge.streaming.request import Output, Request
 from lit_merge.streaming.shards import shards_of
 from lit_merge.streaming.stream import MergeStream, Sinks
@@ -72,7 +71,7 @@ def report_plans(
             record=output.plan.tensors,
             methods={name: repr(method) for name, method in output.plan.methods.items()},
             files=_files(output.plan, request),
-            bytes_read=_bytes_read(stream.inputs, output.plan),
+            bytes_read=bytes_read(stream.inputs, output.plan),
             seconds=seconds,
             survey=any(
                 type(method).survey is not MergeMethod.survey
@@ -119,22 +118,3 @@ def _spread(pieces: Sequence[Piece], number: int) -> tuple[Piece, ...]:
     whole = sorted((piece for piece in pieces if piece.whole), key=lambda piece: piece.numel)
     step = max(1, len(cut) // number)
     return (*cut[::step], *whole[len(whole) // 2 :][:1])
-
-
-def _bytes_read(inputs: MergeInputs, plan: MergePlan) -> int:
-    total = 0
-    for tensor in plan.tensors:
-        if tensor.action in ("merge", "average"):
-            needs = plan.methods[tensor.name].needs if tensor.name in plan.methods else frozenset()
-            sources = list(inputs.experts.values())
-            if inputs.base is not None and "base" in needs:
-                sources.append(inputs.base)
-            if "hessian" in needs:
-                sources += inputs.hessians.values()
-                sources += [inputs.base_hessian] if inputs.base_hessian is not None else []
-            names = plan.names(tensor)
-            if tensor.alias_of is None:
-                total += sum(source.infos[stored_name(source, names)].nbytes for source in sources)
-        elif tensor.action == "keep":
-            total += tensor.info.nbytes
-    return total + sum(info.nbytes for own in plan.heads.values() for info in own.values())

@@ -21,7 +21,7 @@ from lit_merge.streaming.findings import Findings
 from lit_merge.streaming.formats import convert
 from lit_merge.streaming.inputs import MergeInputs
 from lit_merge.streaming.pieces import BATCH, CHUNK, PART, Part, parts_of, share_of
-from lit_merge.streaming.plan import MergePlan
+from lit_merge.streaming.plan import MergePlan, bytes_read
 from lit_merge.streaming.progress import MergeProgress
 from lit_merge.streaming.provenance import (
     copy_companions,
@@ -303,6 +303,7 @@ def _result(
         traces=traces,
         notes=(*notes, *folder.notes),
         warnings=alarms,
+        num_bytes=bytes_read(inputs, output.plan) + output.plan.num_bytes,
     )
 
 
@@ -322,7 +323,7 @@ def _finish(
     weights, notes = convert(folder, inputs, plan, request, before_removal=unfinished.forget)
     with open_checkpoint(folder, base=inputs.base) as merged:
         found = fingerprint(merged)
-    if request.format != "adapter":
+    if request.format == "safetensors":  # beside other forms they would promise what is not there
         copy_companions(request.base, folder, dtype=request.dtype)
     for task, file in heads.items():
         (folder / "heads").mkdir(exist_ok=True)

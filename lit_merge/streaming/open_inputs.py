@@ -122,6 +122,11 @@ def merged_experts(path: str | Path) -> int | None:
     file = locate(path) / "merge.json"
     if not file.is_file():
         return None
+    if (locate(path) / "masks").is_dir():
+        raise InputError(
+            f"{path}: must be one model to be merged; got a merge with a mask per task. Write a "
+            f'task\'s model first: "lit-merge export --merged {path} --task …".'
+        )
     try:
         content = parse_json(file.read_bytes())
         return int(content.get("leaves", len(content["tasks"])))

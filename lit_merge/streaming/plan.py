@@ -17,7 +17,7 @@ from lit_merge.checkpoint import TensorInfo
 from lit_merge.errors import InputError
 from lit_merge.methods import MergeMethod
 from lit_merge.parameters import ParametersPolicy, TensorPlan, plan_tensors
-from lit_merge.streaming.inputs import MergeInputs
+from lit_merge.streaming.inputs import MergeInputs, stored_name
 from lit_merge.streaming.overrides import Override, methods_of, with_rules
 from lit_merge.streaming.pieces import Piece, chunks, pieces_of
 from lit_merge.streaming.values import equal
@@ -201,6 +201,26 @@ def _require_factors_alike(
                 f"experts' have; got none (task {task!r}). Gather it for the same layers of all "
                 f"experts, or take another method for this tensor: overrides."
             )
+
+
+def bytes_read(inputs: MergeInputs, plan: MergePlan) -> int:
+    """Return the bytes that one reading of the inputs takes."""
+    total = 0
+    for tensor in plan.tensors:
+        if tensor.action in ("merge", "average"):
+            needs = plan.methods[tensor.name].needs if tensor.name in plan.methods else frozenset()
+            sources = list(inputs.experts.values())
+            if inputs.base is not None and "base" in needs:
+                sources.append(inputs.base)
+            if "hessian" in needs:
+                sources += inputs.hessians.values()
+                sources += [inputs.base_hessian] if inputs.base_hessian is not None else []
+            names = plan.names(tensor)
+            if tensor.alias_of is None:
+                total += sum(source.infos[stored_name(source, names)].nbytes for source in sources)
+        elif tensor.action == "keep":
+            total += tensor.info.nbytes
+    return total + sum(info.nbytes for own in plan.heads.values() for info in own.values())
 
 
 def _without_unseen(

@@ -16,6 +16,7 @@ experts           by task: path as given, file, source, fingerprint, curvature (
 policy, dtype     as given; so are overrides and accumulate
 tensors           per tensor: name, action, reason, shape, dtype, alias_of
 heads             by task: the file with its own tensors
+masks             by task: the file with its masks; empty without
 fingerprint       of the merged weights
 traces            by task: the sum of the Hessian over the merged tensors
 notes, warnings   texts
@@ -118,6 +119,11 @@ def merge_record(
             for tensor in plan.tensors
         ],
         "heads": {task: f"heads/{task}.safetensors" for task in (*plan.heads, *heads)},
+        "masks": {
+            task: f"masks/{task}.safetensors"
+            for task in inputs.tasks
+            if any(method.masks for method in plan.methods.values())
+        },
         "fingerprint": fingerprint,
         "traces": dict(result.traces),
         "notes": list(result.notes),
@@ -195,12 +201,12 @@ def method_settings(method: MergeMethod) -> dict[str, Any]:
     {'class_path': 'lit_merge.methods.task_arithmetic.TaskArithmetic', 'init_args': {'scale': 0.3}}
     """
     kind: Any = type(method)
-    fields: tuple[dataclasses.Field[Any], ...] = ()
-    if dataclasses.is_dataclass(kind):  # somebody else's method need not be one
-        fields = dataclasses.fields(kind)
+    names = list(vars(method))  # somebody else's method need not be a dataclass
+    if dataclasses.is_dataclass(kind):
+        names = [field.name for field in dataclasses.fields(kind)]
     return {
         "class_path": f"{kind.__module__}.{kind.__qualname__}",
-        "init_args": {field.name: _primitive(getattr(method, field.name)) for field in fields},
+        "init_args": {name: _primitive(getattr(method, name)) for name in names},
     }
 
 

@@ -34,6 +34,7 @@ class MergeResult:
             method without curvature.
         notes: What a user should know about the inputs.
         warnings: What is likely wrong.
+        num_bytes: How much was read, each input once, and written.
     """
 
     path: Path | str
@@ -43,6 +44,7 @@ class MergeResult:
     traces: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    num_bytes: int = 0
 
 
 def notes_and_warnings(

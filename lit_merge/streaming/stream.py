@@ -27,7 +27,7 @@ from lit_merge.streaming.pieces import Part, Piece, batches_of, pieces_of
 from lit_merge.streaming.plan import MergePlan
 from lit_merge.streaming.reading import PieceReader
 from lit_merge.streaming.threads import in_order, num_cores
-from lit_merge.streaming.values import check_values, rounded
+from lit_merge.streaming.values import all_finite, check_values, rounded
 
 R = TypeVar("R")
 
@@ -330,12 +330,12 @@ class MergeStream:
         self, reader: PieceReader, job: Job, checkpoint: Checkpoint, piece: Piece, info: TensorInfo
     ) -> Tensor:
         values = reader.stored(checkpoint, piece.name, piece.start, piece.stop)
-        if not values.dtype.is_floating_point or piece.name in job.plan.as_is:
+        kept = piece.name in job.plan.as_is  # NaN and infinities, too
+        if not values.dtype.is_floating_point or (kept and not all_finite(values)):
             return values.to(info.dtype)
         check_values(values, checkpoint, piece.name, piece.start)
-        if values.dtype == info.dtype:
-            return values
-        return rounded(values, piece.name, info, piece.start)
+        same = values.dtype == info.dtype
+        return values if same else rounded(values, piece.name, info, piece.start)
 
     def _is_declared_frozen(self, plan: MergePlan, tensor: TensorPlan) -> bool:
         return (
