@@ -107,10 +107,10 @@ COMMANDS: tuple[Command, ...] = (
         function="lit_merge.cli.merge:main",
         usage="--config FILE [options]",
         text="Reads base, experts and Hessians in small pieces, on every core, and writes the "
-        "merged folder; memory does not grow with the model. Takes Lightning and torch checkpoints, "
-        "safetensors, Hugging Face and timm folders, distributed checkpoints, LoRA adapters and "
-        "URLs. A merge that was killed goes on when the same command runs again. Under torchrun "
-        "each process writes its share.",
+        "merged folder; memory does not grow with the model. Takes Lightning and torch "
+        "checkpoints, safetensors, Hugging Face and timm folders, distributed checkpoints, LoRA "
+        "adapters and URLs. A merge that was killed goes on when the same command runs again. "
+        "Under torchrun each process writes its share.",
         options=(
             _CONFIG,
             ("--base PATH", "the model that the experts were fine-tuned from"),

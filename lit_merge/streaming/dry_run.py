@@ -16,12 +16,13 @@ from torch import Tensor
 from lit_merge.checkpoint import TensorInfo
 from lit_merge.methods import MergeMethod
 from lit_merge.parameters import TensorPlan
-from lit_merge.streaming.folders import HESSIAN, hessian_infos
+from lit_merge.streaming.folders import HESSIAN, hessian_infos, mask_infos
 from lit_merge.streaming.pieces import Part, Piece
 from lit_merge.streaming.plan import MergePlan, bytes_read
 from lit_merge.streaming.request import Output, Request
 from lit_merge.streaming.shards import shards_of
-from lit_merge.streaming.stream import MergeStream, Sinks
+from lit_merge.streaming.sinks import Sinks
+from lit_merge.streaming.stream import MergeStream
 
 _SAMPLE = 64  # pieces that are merged to measure the speed
 
@@ -70,7 +71,7 @@ def report_plans(
             tasks=stream.inputs.tasks,
             record=output.plan.tensors,
             methods={name: repr(method) for name, method in output.plan.methods.items()},
-            files=_files(output.plan, request),
+            files=_files(output.plan, request, stream.inputs.tasks),
             bytes_read=bytes_read(stream.inputs, output.plan),
             seconds=seconds,
             survey=any(
@@ -83,11 +84,13 @@ def report_plans(
     ]
 
 
-def _files(plan: MergePlan, request: Request) -> dict[str, int]:
+def _files(plan: MergePlan, request: Request, tasks: Sequence[str]) -> dict[str, int]:
     tensors: dict[str, Mapping[str, TensorInfo]] = {**shards_of(plan.infos, request.shard_bytes)}
     tensors |= {f"heads/{task}.safetensors": infos for task, infos in plan.heads.items()}
     if request.hessian and (curved := hessian_infos(plan)):
         tensors[HESSIAN] = curved
+    if masks := mask_infos(plan):
+        tensors |= {f"masks/{task}.safetensors": masks for task in tasks}
     return {file: sum(info.nbytes for info in infos.values()) for file, infos in tensors.items()}
 
 

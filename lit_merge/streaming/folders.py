@@ -34,7 +34,8 @@ from lit_merge.streaming.provenance import (
 from lit_merge.streaming.request import Output, Request
 from lit_merge.streaming.result import MergeResult, notes_and_warnings
 from lit_merge.streaming.shards import ShardedWriter, shards_of, write_index
-from lit_merge.streaming.stream import Job, MergeStream, Sinks
+from lit_merge.streaming.sinks import Sinks
+from lit_merge.streaming.stream import Job, MergeStream
 from lit_merge.streaming.unfinished import (
     Process,
     UnfinishedFolder,

@@ -17,7 +17,8 @@ from lit_merge.streaming.pieces import Part
 from lit_merge.streaming.plan import plan_merge
 from lit_merge.streaming.request import dtype_of
 from lit_merge.streaming.result import notes_and_warnings, warn
-from lit_merge.streaming.stream import MergeStream, Sinks, StateDictSink
+from lit_merge.streaming.sinks import Sinks, StateDictSink
+from lit_merge.streaming.stream import MergeStream
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from lit_merge.checkpoint import TensorInfo
 
-CHUNK = 1 << 16
-"""Elements of a piece: all models' fit into a core's cache, and the calls do not count yet."""
+CHUNK = 1 << 18
+"""Elements of a piece. Smaller ones would fit into a core's cache, but the threads take turns at
+the interpreter between two calls of torch, and would wait for each other more than they gain."""
 
 BATCH = 1 << 20
 """Elements of a batch, about: enough that handing it to a thread costs nothing."""
@@ -76,7 +77,7 @@ def pieces_of(
 
     >>> info = TensorInfo((CHUNK + 5,), __import__("torch").float32)
     >>> [(piece.start, piece.stop) for piece in pieces_of({"weight": info})]
-    [(0, 65536), (65536, 65541)]
+    [(0, 262144), (262144, 262149)]
     """
     for name, info in infos.items():
         if name in whole:
