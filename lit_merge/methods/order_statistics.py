@@ -3,7 +3,7 @@ r"""Order statistics of task vectors: the k-th largest magnitude in a whole mode
 A sample of the slices brackets each k-th magnitude; one pass over everything then counts what lies
 above the bracket and gathers the few entries inside, among which the k-th is selected. A bracket
 that missed costs another pass with a better one. The result is exact whatever the sample, so it
-does not depend on how tensors are cut into slices. Memory is some 40 MB at any model size.
+does not depend on how tensors are cut into slices. Memory is some 60 MB at any model size.
 
 Magnitudes are those of float32 numbers, whose bit patterns order as the numbers do. A NaN counts
 as smaller than all others.
@@ -34,8 +34,8 @@ _STRIDE = 4  # … and there from every fourth entry
 _SAMPLE_BINS = 1 << 15  # a magnitude's sign bit is zero: 15 of the high 16 bits remain
 _INFINITY = 0x7F800000  # float32's bit pattern of it
 _BEYOND = _INFINITY + 1  # a NaN, which no number reaches
-_COLLECTED = 1 << 19  # entries inside brackets that a group keeps before it counts them in bins
-_BINS = 1 << 22  # of a group's brackets together: 16 MB
+_COLLECTED = 1 << 18  # entries inside brackets that a group keeps before it counts them in bins
+_BINS = 1 << 23  # of a group's brackets together: 32 MB
 
 
 def trimmed(vector: Tensor, threshold: float) -> Tensor:

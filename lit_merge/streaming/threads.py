@@ -17,7 +17,7 @@ import torch
 
 _AHEAD = 2  # batches per thread whose results may wait for those before them
 
-_KEPT = 31 << 20  # bytes, just below the size from which glibc no longer learns
+_KEPT = 7 << 20  # bytes: several times the largest temporary tensor of a piece
 
 B = TypeVar("B")
 R = TypeVar("R")
@@ -67,7 +67,7 @@ def in_order(work: Callable[[B], R], batches: Sequence[B], threads: int) -> Iter
 
 
 def _keep_freed_memory() -> None:
-    """Let the C library keep tens of megabytes of what is freed, instead of giving it back.
+    """Let the C library keep some megabytes of what is freed, instead of giving it back.
 
     glibc does so once it has seen a block of that size come and go; else every temporary tensor
     would be paid for page by page. The block's own pages are never touched.
