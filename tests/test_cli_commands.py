@@ -275,14 +275,6 @@ def test_merge_refuses_an_output_that_is_there_until_told(
     assert merged("merge", {**merged.merge("twice"), "replace": True}, "--replace", "false") == 2
 
 
-def test_only_the_first_of_several_processes_merges(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RANK", "1")
-    assert run("merge", run.merge("by-another")) == 0
-    assert not (run.root / "by-another").exists()
-
-
 @pytest.mark.parametrize(
     ("changes", "options", "message"),
     [

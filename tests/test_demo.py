@@ -31,7 +31,9 @@ def test_the_whole_way_ends_with_a_table_and_a_page(
     assert "gradient-matching + TACT + learned" in page
     assert "http://" not in page.replace("http://www.w3.org/", "")
     assert sorted(p.name for p in (run / "gradient-matching").iterdir()) == [
+        "expert.json",
         "heads",
+        "hessian.safetensors",
         "merge.json",
         "model.safetensors",
     ]

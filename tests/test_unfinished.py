@@ -171,7 +171,7 @@ def test_an_interrupted_writing_leaves_the_file_before(tmp_path, monkeypatch) ->
         raise OSError(5, "broken")
 
     monkeypatch.setattr(unfinished, "_write", fail)
-    with pytest.raises(OSError, match="broken"):
+    with pytest.raises(InputError, match="broken"):
         each.save(SUMS, halves(batches=2))
     found = halves()
     assert each.load(found) is not None

@@ -14,13 +14,13 @@ from lit_merge.cli.parsing import (
     add_switch,
     command_parser,
     instantiate,
-    is_first_process,
     parse,
 )
 from lit_merge.errors import InputError
 from lit_merge.methods import MergeMethod
 from lit_merge.streaming import MergeWarning, merge, merge_all, plan_all
 from lit_merge.streaming.overrides import with_setting
+from lit_merge.streaming.unfinished import Process
 from lit_merge.terminal import print_merge, print_plan
 
 
@@ -72,14 +72,14 @@ def main(argv: Sequence[str]) -> int:
     only_plan = options.pop("plan")
     outputs = _outputs(options)
     if only_plan:
-        if is_first_process():
+        if Process.from_environment().rank == 0:
             for report in plan_all(outputs=outputs, **options):
                 print_plan(report)
         return 0
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MergeWarning)  # shown below the table instead
         results = merge_all(outputs=outputs, **options)
-    if is_first_process():
+    if Process.from_environment().rank == 0:
         for result in results:
             print_merge(result)
     return 0

@@ -37,6 +37,7 @@ from lit_merge.output import (
 from lit_merge.strict_json import parse_json
 
 _STATE = ".state"
+_ENDED = ".ended"  # what the state is called once all is written
 _POLL = 0.05  # seconds between two looks at what the other processes have done
 _GRACE = 60.0  # seconds without a sign of life after which a process is not waited for
 _TRIES = 5  # a lock is held for a moment by a process that looks whether another is alive
@@ -244,7 +245,8 @@ def unfinished_folder(
         yield folder
         if process.rank == 0:
             sync_folder(path)  # before the locks go: nothing that takes long comes after that
-            shutil.rmtree(state)
+            # At once: the others take a state without the first one's lock for its death.
+            shutil.rmtree(state.rename(path / _ENDED))
             finish_folder(path, target, output, replace=replace, old=old)
         else:
             folder.wait_for_the_output(target)
