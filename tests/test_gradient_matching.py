@@ -227,7 +227,7 @@ def test_the_survey_refuses_them_before_anything_is_merged() -> None:
 
 @pytest.mark.parametrize(
     "method",
-    [GradientMatching(), GradientMatching({"a": 0.0}), GradientMatching(-1, guard="clamp")],
+    [GradientMatching(), GradientMatching({"a": 0.0}), GradientMatching(guard="clamp")],
 )
 def test_the_survey_reads_nothing_when_it_has_nothing_to_refuse(method: GradientMatching) -> None:
     def read(look: object) -> list[tuple[str, Any]]:
@@ -259,3 +259,23 @@ def test_clamped_entries_have_the_precision_of_the_prior() -> None:
     method = GradientMatching(FORGET, damping=0.25, guard="clamp")
     expected = torch.tensor([0.75, 0.25, 0.25, 0.25])
     torch.testing.assert_close(method.precision(negative()), expected)
+
+
+def test_what_the_guard_has_clamped_is_said() -> None:
+    method = GradientMatching({"keep": 1.0, "forget": -1.0}, guard="clamp", damping=0.5)
+    p = dataclasses.replace(
+        negative(),
+        name="layer.weight",
+        tasks=("keep", "forget"),
+        experts=(torch.ones(4), torch.zeros(4)),
+        hessians=(torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([9.0, 1.0, 1.0, 9.0])),
+        base=torch.zeros(4),
+        base_hessian=None,
+    )
+    whole = dataclasses.replace(p, name="whole", hessians=(torch.ones(4), torch.zeros(4)))
+    fact = method.survey(looking_at([p, p, whole]))
+    assert fact == {"layer.weight": (4, 8), "whole": (0, 4)}
+    (note,) = method.notes(fact)
+    assert "in 4 entries (33.3 %) of 1 tensors" in note
+    assert "'layer.weight', 4 of 8" in note
+    assert method.notes({"whole": (0, 4)}) == method.notes(None) == ()

@@ -514,3 +514,13 @@ def test_tensors_that_only_the_base_or_an_expert_has_are_carried(tmp_path: Path)
     assert torch.equal(made["lm_head.weight"], torch.ones(2, 3))
     heads = load_file(Path(result.path) / "heads" / "extra.safetensors")
     assert torch.equal(heads["classifier.weight"], torch.zeros(5, 6))
+
+
+def test_a_merge_says_where_the_guard_has_stood_in(
+    tmp_path: Path, three: tuple[Path, dict[str, Path]]
+) -> None:
+    base, experts = three
+    scale = {"a": 1.0, "b": 1.0, "c": -5.0}
+    result = merge(base, experts, GradientMatching(scale, guard="clamp"), tmp_path / "out")
+    assert any("negative scales leave no precision in" in note for note in result.notes)
+    assert "no precision" in (Path(result.path) / "merge.json").read_text()

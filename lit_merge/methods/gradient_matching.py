@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -168,27 +168,43 @@ class GradientMatching(MergeMethod):
         """Check that there is a scale for every task."""
         self._scales(tasks)
 
-    def survey(self, look_at_all: LookAtAll) -> None:
+    def survey(self, look_at_all: LookAtAll) -> Mapping[str, tuple[int, int]] | None:
         """Count the entries that negative scales leave without precision.
 
-        With ``guard="raise"`` and a negative scale this is a pass over the data, so that nothing
-        is written when an entry at the end of the model cannot be merged.
+        With a negative scale this is a pass over the data, so that nothing is written when an entry
+        at the end of the model cannot be merged.
+
+        Returns:
+            Such entries and all entries, by tensor; None without a negative scale.
 
         Raises:
-            InputError: There are such entries; names the first tensor and the counts.
+            InputError: There are such entries and ``guard`` is ``"raise"``; names the first tensor
+                and the counts.
         """
         scales = self.scale.values() if isinstance(self.scale, Mapping) else (self.scale,)
-        if self.guard == "clamp" or min(scales) >= 0:
-            return
-        lost: dict[str, int] = {}
-        total: dict[str, int] = {}
+        if min(scales) >= 0:
+            return None
+        counts: dict[str, tuple[int, int]] = {}
         for name, (count, size) in look_at_all(self._count_lost):
-            total[name] = total.get(name, 0) + size
-            if count:
-                lost[name] = lost.get(name, 0) + count
-        if lost:
-            name = next(iter(lost))
-            raise _no_precision(name, lost[name], total[name], others=len(lost) - 1)
+            before = counts.get(name, (0, 0))
+            counts[name] = (before[0] + count, before[1] + size)
+        lost = [name for name, (count, _) in counts.items() if count]
+        if lost and self.guard == "raise":
+            raise _no_precision(lost[0], *counts[lost[0]], others=len(lost) - 1)
+        return counts
+
+    def notes(self, fact: Any) -> tuple[str, ...]:
+        """Say where negative scales have left no precision, and task arithmetic stood in."""
+        lost = {name: count for name, (count, _) in (fact or {}).items() if count}
+        if not lost:
+            return ()
+        worst = max(lost, key=lambda name: lost[name] / fact[name][1])
+        share = sum(lost.values()) / sum(size for _, size in fact.values())
+        return (
+            f"negative scales leave no precision in {sum(lost.values()):,} entries "
+            f"({100 * share:.3g} %) of {len(lost)} tensors, which were merged by task arithmetic; "
+            f"most of all in {worst!r}, {lost[worst]} of {fact[worst][1]}",
+        )
 
     def __call__(self, p: ParameterSlice) -> Tensor:
         """Merge one slice.

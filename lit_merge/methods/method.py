@@ -176,6 +176,10 @@ class MergeMethod(ABC):
         """
         return None
 
+    def notes(self, fact: Any) -> tuple[str, ...]:
+        """Return what a user should know of what the survey found."""
+        return ()
+
     def hessian(self, p: ParameterSlice) -> Tensor | None:
         """Return the Hessian of the merged slice as an expert of the same base, in a new tensor.
 

@@ -97,9 +97,10 @@ def merge_into_folders(
             waiting = shown.start("waiting for the other processes", len(labels))
             for folder in folders:
                 folder.wait_for(labels, waiting)
-        for output, folder in zip(outputs, folders, strict=True):
+        for output, job, folder in zip(outputs, stream.jobs, folders, strict=True):
             seen = _recorded(stream.inputs, folder, labels)
             result = _result(stream.inputs, output, folder, seen, started)
+            result = replace(result, notes=(*result.notes, *job.notes()))
             if process.rank == 0:
                 result = _finish(stream.inputs, output, folder, request, result, heads)
             results.append(result)

@@ -125,7 +125,7 @@ def _merged(
         record=plan.tensors,
         tasks=inputs.tasks,
         traces=traces,
-        notes=notes,
+        notes=(*notes, *stream.jobs[0].notes()),
         warnings=alarms,
     )
 

@@ -45,6 +45,12 @@ class Job:
     plan: MergePlan
     facts: dict[int, Any] = field(default_factory=dict)
 
+    def notes(self) -> tuple[str, ...]:
+        """Return what the methods have to say of what their surveys found."""
+        return tuple(
+            note for method, _ in self.plan.groups() for note in method.notes(self.fact(method))
+        )
+
     def fact(self, method: MergeMethod) -> Any:
         """Return what a method's survey found."""
         return self.facts.get(id(method))
