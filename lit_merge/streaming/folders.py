@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lit_merge.checkpoint import TensorInfo, fingerprint, open_checkpoint
+from lit_merge.checkpoint.bit_masks import mask_info
 from lit_merge.errors import InputError
 from lit_merge.expert.info import current_versions
 from lit_merge.location import Location, locate
@@ -209,7 +210,7 @@ def hessian_infos(plan: MergePlan) -> dict[str, TensorInfo]:
 def mask_infos(plan: MergePlan) -> dict[str, TensorInfo]:
     """Return the packed masks of each task, a byte for eight elements."""
     return {
-        tensor.name: TensorInfo((-(-tensor.info.numel // 8),), torch.uint8)
+        tensor.name: mask_info(tensor.info)
         for tensor in plan.merged()
         if plan.methods[tensor.name].masks
     }

@@ -292,12 +292,12 @@ def _lock(state: Path, process: Process, output: str | Path) -> int:
         except FileNotFoundError:  # that other run has ended, and the folder is gone
             break
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The run that held the lock may have renamed or removed the folder since we opened it.
-            if identity(file) == _identity_of(descriptor):
-                return descriptor
-        except BlockingIOError:
-            pass
+            with suppress(BlockingIOError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The run that held the lock may have renamed or removed the folder since we
+                # opened it.
+                if identity(file) == _identity_of(descriptor):
+                    return descriptor
         except OSError as error:
             if error.errno in _NO_LOCKS and process.count == 1:
                 return descriptor
