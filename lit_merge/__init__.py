@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from lit_merge.evaluation.model_entry import ModelEntry
     from lit_merge.expert import Expert, ExpertInfo, open_expert, write_expert
     from lit_merge.export import export_task
+    from lit_merge.export.multi_task import export_multi_task
     from lit_merge.forecast import Forecast, forecast_merge
     from lit_merge.inspection import Inspection, inspect_path
+    from lit_merge.least_squares import LeastSquares
     from lit_merge.merge_record import MergeRecord, read_merge_record
     from lit_merge.methods import (
         DARE,
@@ -96,6 +98,7 @@ _HOMES = {
     "IsoC": "methods",
     "IsoCTS": "methods",
     "KroneckerMatching": "methods",
+    "LeastSquares": "least_squares",
     "MaTS": "methods",
     "MagMax": "methods",
     "MagnitudePrune": "methods",
@@ -119,6 +122,7 @@ _HOMES = {
     "WeightedAverage": "methods",
     "curvature_of_checkpoint": "checkpoint_curvature",
     "evaluate": "evaluation.measurement",
+    "export_multi_task": "export.multi_task",
     "export_task": "export",
     "forecast_merge": "forecast",
     "inspect_path": "inspection",
@@ -157,6 +161,7 @@ __all__ = [
     "IsoC",
     "IsoCTS",
     "KroneckerMatching",
+    "LeastSquares",
     "MaTS",
     "MagMax",
     "MagnitudePrune",
@@ -184,6 +189,7 @@ __all__ = [
     "curvature",
     "curvature_of_checkpoint",
     "evaluate",
+    "export_multi_task",
     "export_task",
     "forecast_merge",
     "inspect_path",

@@ -120,7 +120,9 @@ def _fit(run: Path, name: str, *, role: str, seed: int, callbacks: Sequence[Any]
     }
 
 
-def _correction(run: Path, merged: str, *, output: str, steps: int, seed: int) -> dict[str, Any]:
+def _correction(
+    run: Path, merged: str, *, output: str, steps: int, seed: int, **options: Any
+) -> dict[str, Any]:
     return {
         "seed_everything": seed,
         "model": _classifier("", role="expert"),
@@ -130,6 +132,7 @@ def _correction(run: Path, merged: str, *, output: str, steps: int, seed: int) -
         "calibration_examples": CALIBRATION_EXAMPLES,
         "lr": 0.02,
         "batch_size": 64,
+        **options,
         "output": str(run / output),
         "trainer": {
             "max_steps": steps,
@@ -173,13 +176,35 @@ def plan(run: Path, *, seed: int, steps: int) -> Iterator[Step]:
             "output": str(run / name),
         }
         yield with_config(f"Merge: {name}", "merge", f"merge-{name}", config)
-    corrections = {
-        "tact": ("gradient-matching", 0, "Correct in closed form (TACT)"),
-        "corrected": ("gradient-matching", steps, "Correct: TACT, then a short fit"),
-        "control": ("unmerged-base", steps, "Control: the same correction on the unmerged base"),
+    corrections: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+        "tact": ("Correct by activation statistics alone (TACT)", "gradient-matching", 0, {}),
+        "solved": (
+            "Solve the layers for the experts' activations: one model",
+            "gradient-matching",
+            0,
+            {"least_squares": {}, "closed_form": "none"},
+        ),
+        "closed-form": (
+            "Solve the layers, with a scale and shift per task",
+            "gradient-matching",
+            0,
+            {"least_squares": {}},
+        ),
+        "corrected": (
+            "Refine that in a short fit",
+            "closed-form",
+            steps // 2,
+            {"lr": 0.003, "feature_weight": 5.0},
+        ),
+        "control": (
+            "Control: TACT and a fit of twice the length on the unmerged base",
+            "unmerged-base",
+            steps,
+            {},
+        ),
     }
-    for output, (merged, length, title) in corrections.items():
-        config = _correction(run, merged, output=output, steps=length, seed=seed)
+    for output, (title, merged, length, options) in corrections.items():
+        config = _correction(run, merged, output=output, steps=length, seed=seed, **options)
         yield with_config(title, "correct", f"correct-{output}", config)
     models = {
         "base": {"path": str(run / "unmerged-base"), "kind": "base"},
@@ -192,10 +217,26 @@ def plan(run: Path, *, seed: int, steps: int) -> Iterator[Step]:
             for name in METHODS
             if name != "unmerged-base"
         },
+        "gradient-matching": {
+            "path": str(run / "gradient-matching"),
+            "kind": "merged",
+            "stage": 1,
+        },
         "gradient-matching + TACT": {"path": str(run / "tact"), "kind": "corrected"},
-        "gradient-matching + TACT + learned": {
+        "least squares, one model": {
+            "path": str(run / "solved"),
+            "kind": "corrected",
+            "stage": 2,
+        },
+        "least squares + scale and shift": {
+            "path": str(run / "closed-form"),
+            "kind": "corrected",
+            "stage": 3,
+        },
+        "least squares + learned": {
             "path": str(run / "corrected"),
             "kind": "corrected",
+            "stage": 4,
         },
         "base + TACT + learned": {"path": str(run / "control"), "kind": "control"},
     }
@@ -209,7 +250,7 @@ def plan(run: Path, *, seed: int, steps: int) -> Iterator[Step]:
         "trainer": {"accelerator": "cpu", "logger": False},
     }
     yield with_config("Evaluate everything", "evaluate", "evaluate", evaluation)
-    files = [str(run / "evaluation.json"), str(run / "gradient-matching/merge.json")]
+    files = [str(run / name) for name in ("evaluation.json", "gradient-matching", "corrected")]
     report = ("report", *files, "--output", str(run / "report.html"))
     yield Step("Write the report", (*report, "--title", "lit-merge demo: digits"), {})
 

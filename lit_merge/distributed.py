@@ -48,6 +48,17 @@ def broadcast(value: T, *, source: int = 0) -> T:
     return values[0]
 
 
+def make_equal(tensor: Tensor) -> None:
+    """Overwrite a tensor by the first rank's, bit for bit. Collective."""
+    if world_size() == 1:
+        return
+    # What is sent must lie in memory without gaps.
+    sent = tensor.detach().contiguous()
+    dist.broadcast(sent, src=0)
+    if sent.data_ptr() != tensor.data_ptr():
+        tensor.detach().copy_(sent)
+
+
 def gather(value: T, *, group: Any = None) -> tuple[T, ...]:
     """Return the values of all ranks, or of a group's, in their order; small and picklable."""
     if world_size() == 1:
@@ -219,6 +230,18 @@ def fsdp_units(model: nn.Module) -> list[Any]:
     from torch.distributed.fsdp import FSDPModule
 
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def shard_parameters(module: nn.Module, mesh: Any) -> None:
+    """Shard what a module holds over a device mesh (FSDP2), as one unit. Collective.
+
+    Args:
+        module: The module; parameters of units inside are theirs already.
+        mesh: One-dimensional, of the ranks with different data.
+    """
+    from torch.distributed.fsdp import fully_shard
+
+    fully_shard(module, mesh=mesh)
 
 
 def reshard(model: nn.Module) -> None:

@@ -11,8 +11,9 @@ What a fit does, on one device or many::
 2. When the fit starts, each expert runs once over its own task's examples: its activation
    statistics set the corrections (TACT), its logits become the targets. Then the expert is dropped.
 3. Each training batch mixes the tasks and goes through the merged network once. Only the
-   corrections learn. To keep the best of several epochs, use Lightning's ModelCheckpoint on
-   ``val/nll``; for the closed form alone, set ``max_steps=0``.
+   corrections learn, unless ``trainable``, ``heads``, ``surgery_rank`` or ``coefficients`` say
+   more. The fit ends with the state that was best on a held-out share of the examples, the
+   initialisation among them; for the closed form alone, set ``max_steps=0``.
 
 Checkpoints hold merged weights, heads and corrections; they load with ``weights_only=True`` where
 the experts are gone.
@@ -20,48 +21,54 @@ the experts are gone.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any
 
-import torch
-import torch.nn.functional as F
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torchmetrics import MeanMetric
 
-from lit_merge.checkpoint import open_state_dict
-from lit_merge.correction import RescaleShift, fit_tact
-from lit_merge.distributed import broadcast
+from lit_merge.correction import ChannelStatistics, RescaleShift, Site
 from lit_merge.errors import InputError
-from lit_merge.merged.classifier import MergedClassifier
-from lit_merge.merged.distillation import distillation_loss
+from lit_merge.least_squares import LeastSquares
+from lit_merge.merged.closed_form import (
+    BatchNorm,
+    ClosedForm,
+    ClosedFormSettings,
+    Sources,
+    Statistics,
+    apply_closed_form,
+    solving_bar,
+)
+from lit_merge.merged.coefficients import read_task_vectors
+from lit_merge.merged.elastic import read_elastic, read_merged_gaussian
 from lit_merge.merged.expert_lessons import (
     ExpertLessons,
     Surroundings,
-    lessons_bar,
+    ask_experts,
     require_merged_expert,
     stored_statistics,
 )
+from lit_merge.merged.fit_settings import (
+    CoefficientFit,
+    FitSettings,
+    HeadFit,
+    Teacher,
+    Trainable,
+)
 from lit_merge.merged.folder import MergedParts, open_merged
-from lit_merge.merged.network import CorrectionFactory, choose_sites, heads_in
+from lit_merge.merged.in_memory import merge_parts
+from lit_merge.merged.learned import LearnedClassifier
+from lit_merge.merged.network import NEED_NO_RUN, CorrectionFactory, choose_sites, heads_in
+from lit_merge.merged.recorded_base import open_base
+from lit_merge.merged.sharded import shard
 from lit_merge.methods import GradientMatching, MergeMethod
 from lit_merge.parameters import ParametersPolicy
-from lit_merge.streaming import merge_in_memory
-from lit_merge.streaming.provenance import method_settings
 from lit_merge.tasks import MultiTaskDataModule
 from lit_merge.tasks.classification import ClassificationModule
-from lit_merge.tasks.classification_metrics import weighted_mean
-from lit_merge.tasks.mixed_batches import MergeBatch
-from lit_merge.tasks.schedule import with_cosine
-
-ClosedForm = Literal["tact", "none"]
-Statistics = Literal["calibration", "stored"]
-Teacher = Literal["experts", "labels"]
 
 
-class MergeModule(MergedClassifier):
+class MergeModule(LearnedClassifier):
     """A merged model with per-task corrections that are fitted on a few examples.
 
     Give either ``merged``, a folder that ``lit_merge.merge`` or :meth:`save_corrected` has written,
@@ -79,17 +86,41 @@ class MergeModule(MergedClassifier):
         correction: Makes a correction module from (number of tasks, number of channels).
         sites: Where to correct; see :func:`lit_merge.correction.find_sites`. A corrected folder
             brings its own.
-        closed_form: "tact" sets the corrections from activation statistics when the first fit
-            starts; "none" begins at the identity.
+        least_squares: How to solve the layers for the experts' activations when the first fit
+            starts; None leaves them as they were merged.
+        closed_form: "tact" sets a scale and shift per task and channel when the first fit starts,
+            from activation statistics (with least_squares, as these say), "repair" one for all
+            tasks; "none" begins at the identity.
+        batch_norm: "reestimate" measures the running statistics of BatchNorm anew before that.
         statistics: Where the experts' statistics come from: "calibration" runs each expert on the
-            calibration examples, "stored" takes its activations.safetensors.
+            calibration examples, "stored" takes its activations.safetensors, "auto" that where it
+            has all sites.
         teacher: What the fit learns from: the "experts"' logits, or the "labels".
+        trainable: "scale_shift" learns the corrections alone, "all" the shared weights too;
+            BatchNorm's running statistics stay.
+        heads: "refit" learns the heads as well; "fixed" leaves them.
+        coefficients: "layer" learns how far each layer goes along each expert's task vector, on
+            top of the merge; the weights have it in them when the fit ends. Needs the base, and
+            memory for a model per task.
+        surgery_rank: Rank of the representation surgery before the head; 0 for none.
         temperature: Softens the experts' logits; 1 takes them as they are.
+        feature_weight: Weight of the squared distance to the expert's final feature (the input of
+            its head), in units of that feature's variance on the task; 0 for none.
         lr: Adam's largest learning rate; falls to zero over the fit as a cosine.
-        calibration_examples: Training examples per task for the closed form, as one batch.
+        weights_lr: The same for shared weights and heads.
+        elastic: Pulls the shared weights to the merged ones, by the merge's own precision; in
+            units of the loss per squared change of a weight of average precision. 0 for none.
+            Needs a merged folder with ``hessian.safetensors``.
+        holdout: Share of each task's training examples that is not learned from but measured; the
+            fit ends with the state that was best on it. 0 for none, then the last state stays. A
+            task with fewer than ten examples learns from all of them.
+        holdout_every: Steps between two measurements.
+        patience: Stop after so many measurements in a row without a new best; 0 for never.
+        calibration_examples: Training examples per task for the closed form, shared by the ranks.
+        calibration_batch_size: How many of them go through a model at a time; None for all.
         policy: What happens to tensors that are no ordinary weights.
         base_hessian: Hessian of the base, for methods that use one.
-        seed: Seed of the choice of calibration examples.
+        seed: Seed of the choice of calibration and held-out examples.
 
     Raises:
         InputError: If an option is out of range; later, if files, tasks and network do not fit.
@@ -104,29 +135,58 @@ class MergeModule(MergedClassifier):
         merged: str | None = None,
         correction: CorrectionFactory = RescaleShift,
         sites: str | list[str] = "auto",
+        least_squares: LeastSquares | None = None,
         closed_form: ClosedForm = "tact",
+        batch_norm: BatchNorm = "keep",
         statistics: Statistics = "calibration",
         teacher: Teacher = "experts",
+        trainable: Trainable = "scale_shift",
+        heads: HeadFit = "fixed",
+        coefficients: CoefficientFit = "none",
+        surgery_rank: int = 0,
         temperature: float = 2.0,
+        feature_weight: float = 0.0,
         lr: float = 1e-2,
+        weights_lr: float = 3e-3,
+        elastic: float = 0.0,
+        holdout: float = 0.1,
+        holdout_every: int = 25,
+        patience: int = 0,
         calibration_examples: int = 256,
+        calibration_batch_size: int | None = None,
         policy: ParametersPolicy = ParametersPolicy(),  # noqa: B008 - frozen
         base_hessian: str | None = None,
         seed: int = 0,
     ) -> None:
         network = model.model if isinstance(model, ClassificationModule) else model
-        super().__init__(network, correction=correction)
+        fit = FitSettings(
+            teacher=teacher,
+            trainable=trainable,
+            heads=heads,
+            coefficients=coefficients,
+            surgery_rank=surgery_rank,
+            temperature=temperature,
+            feature_weight=feature_weight,
+            lr=lr,
+            weights_lr=weights_lr,
+            elastic=elastic,
+            holdout=holdout,
+            holdout_every=holdout_every,
+            patience=patience,
+        )
+        super().__init__(network, correction=correction, fit=fit, seed=seed)
         # Primitives, and nothing of where the experts are: a checkpoint must load elsewhere, with
         # weights_only=True.
         self.save_hyperparameters(
             {
                 "sites": sites,
                 "closed_form": closed_form,
+                "least_squares": None if least_squares is None else asdict(least_squares),
+                "batch_norm": batch_norm,
                 "statistics": statistics,
-                "teacher": teacher,
-                "temperature": temperature,
-                "lr": lr,
+                **asdict(fit),
                 "calibration_examples": calibration_examples,
+                "calibration_batch_size": calibration_batch_size,
                 "seed": seed,
             }
         )
@@ -135,39 +195,20 @@ class MergeModule(MergedClassifier):
         self.method = method
         self.source = merged
         self.sites = sites
-        self.closed_form = closed_form
-        self.statistics = statistics
-        self.teacher = teacher
-        self.temperature = temperature
-        self.lr = lr
-        self.calibration_examples = calibration_examples
+        self.calibration = ClosedFormSettings(
+            closed_form=closed_form,
+            least_squares=least_squares,
+            batch_norm=batch_norm,
+            statistics=statistics,
+            examples=calibration_examples,
+            batch_size=calibration_batch_size,
+            seed=seed,
+        )
         self.policy = policy
         self.base_hessian = base_hessian
-        self.seed = seed
         self._check_options()
-        self.train_losses = nn.ModuleList()
-        self._targets: dict[int, Tensor] = {}
 
     def _check_options(self) -> None:
-        for name, value, known in (
-            ("closed_form", self.closed_form, get_args(ClosedForm)),
-            ("statistics", self.statistics, get_args(Statistics)),
-            ("teacher", self.teacher, get_args(Teacher)),
-        ):
-            if value not in known:
-                raise InputError(
-                    f"{name}: must be one of {', '.join(known)}; got {value!r}. Choose one."
-                )
-        for name, number in (("temperature", self.temperature), ("lr", self.lr)):
-            if not (number > 0 and math.isfinite(number)):
-                raise InputError(
-                    f"{name}: must be positive and finite; got {number}. Leave the default."
-                )
-        if self.calibration_examples < 2:
-            raise InputError(
-                "calibration_examples: must be at least 2, for a variance; got "
-                f"{self.calibration_examples}. 64 are enough."
-            )
         if self.method.masks and self.experts and self.source is None:
             raise InputError(
                 f"method: must give one model for all tasks; got {type(self.method).__name__}, "
@@ -209,22 +250,13 @@ class MergeModule(MergedClassifier):
                 self._set_up(parts, source=self.source)
         elif self.experts:
             # Every process merges for itself: the results are equal, and no files are shared.
-            made = merge_in_memory(
+            parts = merge_parts(
                 self.base,
                 self.experts,
                 self.method,
                 policy=self.policy,
                 base_hessian=self.base_hessian,
             )
-            record = {
-                "tasks": list(made.tasks),
-                "method": method_settings(self.method),
-                "traces": dict(made.traces),
-                "notes": list(made.notes),
-                "warnings": list(made.warnings),
-            }
-            weights = open_state_dict(made.state, path=f"merge of {', '.join(made.tasks)}")
-            parts = MergedParts(weights, made.heads, made.tasks, record)
             self._set_up(parts, source="experts")
 
     def _set_up(self, parts: MergedParts, *, source: str) -> None:
@@ -239,14 +271,32 @@ class MergeModule(MergedClassifier):
             sites = parts.record.sites
         else:
             names = dict.fromkeys(name for own in heads.values() for name in own)
-            sites = choose_sites(self.architecture, self.sites, tuple(names))
-        merged = self.build(parts.tasks, heads, sites, source=source)
+            sites = choose_sites(
+                self.architecture, self.sites, tuple(names), example_inputs=self._two_examples()
+            )
+        rank = 0 if parts.record is None else parts.record.surgery_rank
+        merged = self.build(parts.tasks, heads, sites, source=source, surgery_rank=rank)
         merged.load_shared(parts.weights)
-        if parts.record is not None and parts.corrections is not None:
-            merged.load_corrections(parts.corrections)
+        if parts.record is not None:
             self.calibrated.fill_(int(parts.record.calibrated))
+            self.solved = parts.record.solved
+        if parts.corrections is not None:
+            merged.load_corrections(parts.corrections)
+        if parts.surgery is not None:
+            merged.load_surgery(parts.surgery)
+        if self.device_mesh is not None:
+            shard(merged, self.device_mesh)
         self._merge_record = parts.merge
         self.merged = merged
+
+    def _two_examples(self) -> Any:
+        """Return inputs that show where the sites are; None where no kind of site needs any."""
+        trainer = self._trainer
+        data = None if trainer is None else getattr(trainer, "datamodule", None)
+        wanted = (self.sites,) if isinstance(self.sites, str) else self.sites
+        if not isinstance(data, MultiTaskDataModule) or not set(wanted) - NEED_NO_RUN:
+            return None
+        return data.calibration_batch(data.task_names[0], num_examples=2)[0]
 
     def on_fit_start(self) -> None:
         """Set the corrections in closed form, and ask the experts for their logits.
@@ -256,145 +306,94 @@ class MergeModule(MergedClassifier):
                 does not fit, or gives outputs that are not finite.
         """
         data = self.meet_data(every_task=True)
-        self.train_losses = nn.ModuleList(weighted_mean() for _ in self.tasks).to(self.device)
         learns = self.trainer.max_steps != 0 and self.trainer.max_epochs != 0
-        calibrates = self.closed_form == "tact" and not self.calibrated
-        asks = learns and self.teacher == "experts"
-        for name in self.tasks if learns and self.teacher == "labels" else ():
+        calibrates = self.calibration.does_something and not self.calibrated
+        asks = learns and self.fit.teacher == "experts"
+        for name in self.tasks if learns and self.fit.teacher == "labels" else ():
             if data.tasks[name].unlabelled:
                 raise InputError(
                     f'teacher: must be "experts" for the unlabelled task {name!r}; got "labels". '
                     'Use teacher: "experts".'
                 )
-        if (calibrates or asks) and not self.experts:
+        moves = learns and self.fit.coefficients == "layer"
+        if (calibrates or asks or moves) and not self.experts:
             raise InputError(
                 "experts: must be given for a fit that learns from them; got none. Give the path "
                 'of each expert, or use teacher: "labels" and closed_form: "none".'
             )
-        self._targets = {}
-        seen = sum(len(data.examples(task, "train")) for task in self.tasks) if asks else 0
-        shown = asks and self.trainer.is_global_zero and bool(self.trainer.progress_bar_callback)
-        with lessons_bar(seen, shown=shown) as advance:
-            for index, task in enumerate(self.tasks if calibrates or asks else ()):
-                self._learn_from(
-                    task, index, data, calibrates=calibrates, asks=asks, advance=advance
-                )
+        if learns:
+            self.require_synchronised()
+            self.hold_out(data)
         if calibrates:
-            # Bit for bit the same on every rank, whatever their devices' orders of summation.
-            corrections = self.network.corrections
-            state = {name: value.cpu() for name, value in corrections.state_dict().items()}
-            corrections.load_state_dict(broadcast(state))
+            self._calibrate(data)
         self.calibrated.fill_(1)
+        if learns:
+            self.targets = self.elastic = None
+            if asks:
+                self.targets = ask_experts(
+                    self._expert,
+                    self.tasks,
+                    data,
+                    num_classes=self._num_classes,
+                    features=self.fit.feature_weight > 0,
+                    shown=self._shows_progress,
+                )
+            if self.fit.elastic:
+                weights = self.network.shared_parameters()
+                self.elastic = read_elastic(self.source, weights, strength=self.fit.elastic)
+            if moves:
+                self._give_task_vectors()
+            self.start_learning()
 
-    def _learn_from(
-        self,
-        task: str,
-        index: int,
-        data: MultiTaskDataModule,
-        *,
-        calibrates: bool,
-        asks: bool,
-        advance: Callable[[int], None],
-    ) -> None:
-        """Load one expert, take what it can teach, and drop it."""
+    def _calibrate(self, data: MultiTaskDataModule) -> None:
+        """Set weights and corrections in closed form."""
+        bar = solving_bar(shown=self._shows_progress)
+        with bar as advance, self.whole_network() as network:
+            sources = Sources(
+                expert=self._expert,
+                stored=self._stored,
+                precisions=self._precisions,
+                data=data,
+                surroundings=Surroundings.of(self),
+                advance=advance,
+            )
+            self.solved = apply_closed_form(network, self.calibration, sources)
 
-        def batches() -> Iterator[Any]:
-            for inputs, labels in data.batches(task):
-                yield inputs
-                advance(len(labels))
+    @property
+    def _shows_progress(self) -> bool:
+        return self.trainer.is_global_zero and bool(self.trainer.progress_bar_callback)
 
-        network, path = self.network, self.experts[task]
+    def _stored(self, task: str, sites: Sequence[Site]) -> dict[str, ChannelStatistics] | None:
+        """Return an expert's stored statistics; None where they may be missing, and are."""
+        path = self.experts[task]
         require_merged_expert(path, task=task, merge=self._merge_record)
-        surroundings = Surroundings.of(self)
-        expert = None
-        if asks or self.statistics == "calibration":
-            expert = ExpertLessons(
-                self.architecture,
-                path,
-                task=task,
-                head_names=network.head_names,
-                surroundings=surroundings,
-            )
-        if calibrates:
-            inputs = surroundings.move(
-                data.calibration_batch(
-                    task, num_examples=self.calibration_examples, seed=self.seed
-                )[0]
-            )
-            if expert is None or self.statistics == "stored":
-                statistics = stored_statistics(path, network.sites, task=task)
-            else:
-                statistics = expert.statistics(inputs, network.sites)
-            fit_tact(
-                network.network,
-                network.corrections,
-                network.context,
-                task=index,
-                inputs=inputs,
-                expert_statistics=statistics,
-                forward=surroundings.run,
-            )
-        if asks and expert is not None:
-            width = self._num_classes[index]
-            self._targets[index] = expert.logits(batches(), num_classes=width)
+        required = self.calibration.statistics == "stored"
+        return stored_statistics(path, sites, task=task, required=required)
 
-    def training_step(self, batch: MergeBatch, batch_idx: int) -> Tensor:
-        """Return the loss of a mixed batch, normalised over the valid examples of all ranks."""
-        losses = self._losses(batch)
-        own = losses.sum()
-        sums = torch.stack([own.detach(), batch.valid.sum().to(own)])
-        total, count = cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum")).unbind()
-        if not bool(torch.isfinite(total)):
-            raise InputError(
-                f"lr: must keep the loss finite; got NaN or infinity at step {self.global_step} "
-                f"with lr={self.lr}. Lower lr, or use a wider precision."
-            )
-        task = self.own_tasks(batch)
-        for index in range(len(self.tasks)):
-            weights = ((task == index) & batch.valid).to(losses)
-            self._train_metric(index).update(losses.detach(), weights)
-        self.log("train/loss", total / count, prog_bar=True, batch_size=len(losses))
-        # The gradients are averaged over the ranks: W times this rank's share of the sum makes them
-        # those of one process with all examples. The zero keeps corrections whose layer did not run
-        # in the graph, where DistributedDataParallel looks for them.
-        idle = torch.stack([p.sum() for p in self.network.corrections.parameters()]).sum() * 0.0
-        return own * (self.trainer.world_size / count) + idle
+    def _precisions(self) -> dict[str, Tensor]:
+        names = list(self.network.shared_parameters())
+        return read_merged_gaussian(self.source, names, option="least_squares.precision")[1]
 
-    def _losses(self, batch: MergeBatch) -> Tensor:
-        """Return each example's loss, ``[B]``, zero where it is not valid."""
-        task = self.own_tasks(batch)
-        logits = self.forward(batch.inputs, task).float()
-        losses = logits.new_zeros(len(task))
-        for index in range(len(self.tasks)):
-            rows = (task == index).nonzero().squeeze(1)
-            own = self.own_logits(logits, rows, index)
-            if self.teacher == "experts":
-                targets = self._targets[index][batch.index[rows]]
-                loss = distillation_loss(own, targets, temperature=self.temperature)
-            else:
-                loss = F.cross_entropy(own, batch.labels[rows], reduction="none")
-            losses = losses.index_put((rows,), loss)
-        return losses * batch.valid
+    def _give_task_vectors(self) -> None:
+        """Hand the experts' task vectors to the coefficients, for the length of the fit."""
+        for task, path in self.experts.items():
+            require_merged_expert(path, task=task, merge=self._merge_record)
+        coefficients, shared = self.network.coefficients, self.network.shared_parameters()
+        assert coefficients is not None, "built with the network"
+        experts = [self.experts[task] for task in self.tasks]
+        with open_base(self._merge_record, self.base, source=self.source) as base:
+            coefficients.give(read_task_vectors(base, experts, shared))
+        # The weights of a checkpoint have been moved already.
+        self.move_along_task_vectors(sign=-1.0)
 
-    def on_train_epoch_end(self) -> None:
-        """Log each task's mean loss over the epoch."""
-        for index, name in enumerate(self.tasks):
-            metric = self._train_metric(index)
-            loss = metric.compute()
-            metric.reset()
-            if loss.isfinite():  # it is NaN for a task without an example in this epoch
-                self.log(f"train/{name}/loss", loss, sync_dist=True)
-
-    def on_fit_end(self) -> None:
-        """Drop the experts' logits."""
-        self._targets = {}
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam on the corrections, with a cosine to zero."""
-        parameters = self.network.corrections.parameters()
-        # Some numbers have no gradient but rounding (the shift of attention keys, which softmax
-        # ignores; all, once the experts are met). With Adam's usual eps they would wander by lr.
-        return with_cosine(self, torch.optim.Adam(parameters, lr=self.lr, eps=1e-6))
-
-    def _train_metric(self, index: int) -> MeanMetric:
-        return cast("MeanMetric", self.train_losses[index])
+    def _expert(self, task: str) -> ExpertLessons:
+        """Return a task's expert, loaded and ready to be asked."""
+        path = self.experts[task]
+        require_merged_expert(path, task=task, merge=self._merge_record)
+        return ExpertLessons(
+            self.architecture,
+            path,
+            task=task,
+            head_names=self.network.head_names,
+            surroundings=Surroundings.of(self),
+        )

@@ -13,11 +13,21 @@ ROOT = Path(lit_merge.__file__).parent
 LAYERS = (
     ("errors", "output", "strict_json", "counter", "location", "upload"),
     ("heads", "checkpoint"),
-    ("parameters", "expert", "curvature", "methods", "correction", "distributed", "sharding"),
+    (
+        "parameters",
+        "expert",
+        "curvature",
+        "methods",
+        "correction",
+        "alignment",
+        "least_squares",
+        "distributed",
+        "sharding",
+    ),
     ("streaming", "forecast", "passes", "tasks"),
     ("callbacks", "merged", "curvature_pass"),
     ("module", "checkpoint_curvature"),
-    ("evaluation", "merge_record", "inspection", "export"),
+    ("evaluation", "merge_record", "inspection", "export", "align"),
     ("terminal", "report"),
     ("cli", "demo"),
 )
@@ -56,7 +66,17 @@ def test_a_layer_imports_only_what_is_below_it(height: int) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["methods", "curvature", "correction", "checkpoint", "expert", "parameters", "streaming"],
+    [
+        "methods",
+        "curvature",
+        "correction",
+        "alignment",
+        "least_squares",
+        "checkpoint",
+        "expert",
+        "parameters",
+        "streaming",
+    ],
 )
 def test_the_maths_and_the_files_know_nothing_of_lightning(name: str) -> None:
     for path in files_of(name):

@@ -408,12 +408,14 @@ def test_report_and_inspect_take_what_the_others_wrote(
     printed = capsys.readouterr().out
     assert "% of" in printed
     assert "gradient matching" in printed
-    files = [str(root / "shown.json"), str(root / "merged")]
+    files = [str(root / name) for name in ("shown.json", "merged", "corrected")]
     output = str(root / "report.html")
     assert main(["report", *files, "--output", output, "--title", "Two tasks"]) == 0
     page = Path(output).read_text(encoding="utf-8")
     assert "<h1>Two tasks</h1>" in page
     assert "GradientMatching(" in page
+    assert "What each step brings" in page
+    assert f"Correction: {root / 'corrected'}" in page
     assert main(["report", *files, "--output", output]) == 2
     assert main(["report", files[0], *files, "--output", output, "--replace"]) == 2
     assert "must be the only evaluation" in error_of(capsys)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
@@ -13,7 +15,9 @@ from lit_merge.cli import main
 from lit_merge.export import export_task
 from lit_merge.methods import EMR, Average
 from lit_merge.streaming import merge
+from tests.corrected_folders import CLASSES, logits_of, save_corrected
 from tests.merge_files import TASKS, save_base, save_experts
+from tests.tiny_models import images, tiny_vit
 
 
 @pytest.fixture
@@ -114,3 +118,54 @@ def test_only_the_first_of_several_processes_exports(
     monkeypatch.setenv("RANK", "1")
     assert run(merged, "--task", "dtd", "--output", tmp_path / "out") == 0
     assert not (tmp_path / "out").exists()
+
+
+TIMM = (
+    "--model=TimmClassifier", "--model.model_name=vit_tiny_patch16_224", "--model.num_classes=4",
+    "--model.pretrained=false",
+    "--model.model_kwargs={img_size: 32, patch_size: 8, depth: 2, embed_dim: 32, num_heads: 2}",
+)  # fmt: skip
+
+
+def test_a_corrected_folder_is_exported_with_its_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = save_corrected(tiny_vit(), "auto", tmp_path / "c")
+    assert run(tmp_path / "c", "--tasks", "all", "--output", tmp_path / "out", *TIMM) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(", exact to ") == 2
+    plain = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, depth=2, embed_dim=32, num_heads=2,
+        num_classes=CLASSES["dtd"], checkpoint_path=tmp_path / "out" / "dtd" / "model.safetensors",
+    ).eval()  # fmt: skip
+    with torch.no_grad():
+        found = plain(images(2))
+    torch.testing.assert_close(found, logits_of(network, images(2), "dtd"), rtol=1e-5, atol=1e-5)
+    options = ("--tasks", "all", "--format", "multi_task", "--fold", "require")
+    assert run(tmp_path / "c", *options, "--output", tmp_path / "one", *TIMM) == 0
+    assert (tmp_path / "one" / "multi_task.safetensors").is_file()
+    assert capsys.readouterr().out.startswith(f"svhn, dtd: {tmp_path / 'one'} (")
+
+
+def test_a_corrected_folder_without_its_network_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_corrected(tiny_vit(), "auto", tmp_path / "c")
+    assert run(tmp_path / "c", "--task", "dtd", "--output", tmp_path / "out") == 2
+    assert "model: must be given for" in error_of(capsys)
+    assert run(tmp_path / "c", "--task", "dtdd", "--output", tmp_path / "out", *TIMM) == 2
+    assert 'Did you mean "dtd"' in error_of(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tasks_of_a_configuration_prove_the_export(tmp_path: Path) -> None:
+    save_corrected(tiny_vit(), "auto", tmp_path / "c")
+    arrays = np.random.default_rng(0).integers(0, 256, (10, 32, 32, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", x_train=arrays, y_train=np.arange(10) % 5)
+    settings = {"path": str(tmp_path / "data.npz"), "num_classes": 5}
+    task = {"class_path": "ImageTask", "init_args": settings}
+    (tmp_path / "tasks.yaml").write_text(json.dumps({"dtd": task}))
+    options = ("--task", "dtd", "--output", tmp_path / "out")
+    assert run(tmp_path / "c", *options, "--examples", tmp_path / "tasks.yaml", *TIMM) == 0
+    record = json.loads((tmp_path / "out" / "export.json").read_text())
+    assert record["correction"]["inputs"] == "given"

@@ -8,6 +8,7 @@ import pytest
 from jsonargparse import ArgumentParser
 
 from lit_merge.cli import main
+from lit_merge.cli.align import align_parser
 from lit_merge.cli.commands import COMMANDS, Command
 from lit_merge.cli.correct import correct_parser
 from lit_merge.cli.curvature import curvature_parser
@@ -18,6 +19,7 @@ from lit_merge.cli.merge import merge_parser
 
 PARSERS: dict[str, Callable[[], ArgumentParser]] = {
     "curvature": curvature_parser,
+    "align": align_parser,
     "merge": merge_parser,
     "forecast": forecast_parser,
     "correct": correct_parser,

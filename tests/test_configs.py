@@ -15,9 +15,13 @@ from jsonargparse import ArgumentParser
 from torch import nn
 
 import lit_merge
+from lit_merge.alignment.groups import ExpertGroup
+from lit_merge.alignment.settings import AlignSettings
+from lit_merge.cli.align import align_parser
 from lit_merge.cli.correct import correct_parser
 from lit_merge.cli.curvature import curvature_parser
 from lit_merge.cli.evaluate import evaluate_parser
+from lit_merge.cli.export import export_parser
 from lit_merge.cli.fit import FitCLI
 from lit_merge.cli.forecast import forecast_parser
 from lit_merge.cli.merge import _outputs, merge_parser
@@ -87,6 +91,17 @@ def test_curvature_config(encoder: str) -> None:
     assert options.labels == "sampled"
 
 
+def test_align_config(encoder: str) -> None:
+    options = made(align_parser(), "align.yaml", "--model.model", encoder)
+    assert isinstance(options.model, nn.Module)
+    assert options.groups == {
+        "first": ExpertGroup("runs/base-a", {"trec": "runs/trec"}),
+        "second": ExpertGroup("runs/base-b", {"subj": "runs/subj"}),
+    }
+    assert list(options.tasks) == ["trec", "subj"]
+    assert (options.by, options.cycle_consistent, options.output) == ("auto", False, "aligned")
+
+
 def test_merge_config() -> None:
     options = made(merge_parser(), "merge.yaml")
     assert options.method == lit_merge.GradientMatching(scale=1.0)
@@ -106,6 +121,33 @@ def test_merge_sweep_config() -> None:
     ]
 
 
+def test_merge_groups_config(encoder: str) -> None:
+    options = made(merge_parser(), "merge_groups.yaml", "--model.model", encoder)
+    assert list(options.groups) == ["first", "second"]
+    assert options.groups["second"] == ExpertGroup("runs/base-b", {"subj": "runs/subj"})
+    assert options.align == AlignSettings()
+    assert options.experts is None
+    assert isinstance(options.model, lit_merge.TransformersClassifier)
+    assert [task.num_classes for task in options.tasks.values()] == [6, 2]
+
+
+def test_correct_groups_config(encoder: str) -> None:
+    options = made(correct_parser(), "correct_groups.yaml", "--model.model", encoder)
+    assert isinstance(options.model, nn.Module)
+    assert list(options.groups["first"].experts) == ["trec"]
+    assert (options.align, options.aligned, options.merged) == (True, "corrected-aligned", None)
+    assert options.least_squares == lit_merge.LeastSquares()
+    assert options.method == lit_merge.Average()
+    assert options.correction is lit_merge.RescaleShift
+
+
+def test_export_config(encoder: str) -> None:
+    options = made(export_parser(), "export.yaml", "--model.model", encoder)
+    assert isinstance(options.model, nn.Module)
+    assert (options.tasks, options.fold, options.format) == ("all", "possible", "safetensors")
+    assert list(options.examples) == ["trec", "subj"]
+
+
 def test_forecast_config() -> None:
     options = made(forecast_parser(), "forecast.yaml")
     assert options.method == lit_merge.TaskArithmetic(scale=0.5)
@@ -122,6 +164,13 @@ def test_correct_config(encoder: str) -> None:
     }
     assert all(task.unlabelled for task in options.tasks.values())
     assert options.trainer.max_steps == 100
+
+
+def test_correct_all_config(encoder: str) -> None:
+    options = made(correct_parser(), "correct_all.yaml", "--model.model", encoder)
+    assert (options.trainable, options.heads, options.surgery_rank) == ("all", "refit", 16)
+    assert (options.weights_lr, options.elastic, options.feature_weight) == (3e-4, 1e-3, 0.1)
+    assert (options.holdout, options.patience, options.coefficients) == (0.1, 4, "none")
 
 
 def test_evaluate_config(encoder: str) -> None:

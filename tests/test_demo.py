@@ -24,11 +24,11 @@ def test_the_whole_way_ends_with_a_table_and_a_page(
     models = {row.model for row in evaluation.rows}
     assert {"average", "ties", "gradient-matching", "base + TACT + learned"} <= models
     assert all(row.num_examples == 497 for row in evaluation.rows)
-    corrected = [r for r in evaluation.rows if r.model == "gradient-matching + TACT + learned"]
+    corrected = [r for r in evaluation.rows if r.model == "least squares + learned"]
     assert {row.task for row in corrected} == {"mirrored", "odd"}
     assert "linear probe on base" in printed
     page = (run / "report.html").read_text()
-    assert "gradient-matching + TACT + learned" in page
+    assert "least squares + learned" in page
     assert "http://" not in page.replace("http://www.w3.org/", "")
     assert sorted(p.name for p in (run / "gradient-matching").iterdir()) == [
         "expert.json",
@@ -51,7 +51,7 @@ def test_a_used_folder_is_left_alone(tmp_path: Path) -> None:
 def test_every_step_has_a_file_of_its_own_and_writes_inside_the_folder(tmp_path: Path) -> None:
     steps = list(demo.plan(tmp_path, seed=3, steps=7))
     files = [step.arguments[-1] for step in steps if step.config]
-    assert len(set(files)) == len(files) == 15
+    assert len(set(files)) == len(files) == 17
     outputs = [step.config["output"] for step in steps if "output" in step.config]
     assert all(Path(output).is_relative_to(tmp_path) for output in outputs)
     assert {s.config["seed_everything"] for s in steps if "seed_everything" in s.config} == {3}

@@ -11,6 +11,7 @@ from lit_merge.evaluation import (
     EXPERTS,
     Evaluation,
     EvaluationRow,
+    Kind,
     VarianceRow,
     wilson_interval,
 )
@@ -88,6 +89,8 @@ def test_row_has_its_own_interval() -> None:
         ({"kind": "magic"}, "kind must be one of expert, base, control, merged, corrected"),
         ({"model": ""}, "model must have a name"),
         ({"task": ""}, "task must have a name"),
+        ({"stage": 0}, "stage must count from 1; got 0"),
+        ({"stage": 1, "kind": "base"}, "stage must be left out but for the kinds merged and corr"),
     ],
 )
 def test_row_with_an_impossible_value_is_refused(changes: dict[str, object], message: str) -> None:
@@ -113,6 +116,14 @@ def test_variance_that_is_negative_or_no_number_is_refused() -> None:
             (ROWS[0], replace(ROWS[1], kind="base")),
             'model "average" must be of one kind; got merged and base',
         ),
+        (
+            (ROWS[0], replace(ROWS[1], stage=2)),
+            'model "average" must be of one stage; got None and 2',
+        ),
+        (
+            (replace(ROWS[0], stage=2), replace(ROWS[0], model="other", stage=2)),
+            "stage 2: must be one model; got 'average' and 'other'",
+        ),
     ],
 )
 def test_rows_that_contradict_each_other_are_refused(
@@ -120,3 +131,38 @@ def test_rows_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         Evaluation(rows)
+
+
+def models(*entries: tuple[str, Kind, int | None]) -> Evaluation:
+    return Evaluation(
+        tuple(EvaluationRow(name, kind, "a", 0.5, 9, stage=stage) for name, kind, stage in entries)
+    )
+
+
+def test_stages_are_in_the_order_of_their_numbers_whatever_the_order_of_the_models() -> None:
+    evaluation = models(
+        ("learned", "corrected", 7),
+        ("TIES", "merged", None),
+        ("TACT", "corrected", 2),
+        ("average", "merged", 1),
+        ("other", "corrected", None),
+    )
+    assert [line.model for line in evaluation.stages()] == ["average", "TACT", "learned"]
+
+
+def test_without_numbers_the_one_merge_and_its_corrections_are_the_stages() -> None:
+    evaluation = models(
+        ("TACT", "corrected", None),
+        ("base", "base", None),
+        ("average", "merged", None),
+        ("probe", "control", None),
+        ("learned", "corrected", None),
+    )
+    assert [line.model for line in evaluation.stages()] == ["average", "TACT", "learned"]
+
+
+def test_of_several_merges_or_of_one_model_there_are_no_stages() -> None:
+    several = models(("x", "merged", None), ("y", "merged", None), ("z", "corrected", None))
+    assert several.stages() == ()
+    assert models(("x", "merged", None)).stages() == ()
+    assert models(("x", "merged", 1), ("y", "merged", None)).stages() == ()

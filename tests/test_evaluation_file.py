@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ ROWS = (
     EvaluationRow("average", "merged", "a", 0.6, 100, 1.2),
     EvaluationRow("svhn", "expert", "a", 0.8, 100, 0.4),
     EvaluationRow("probe", "control", "a", 0.7, 100),
+    EvaluationRow("fitted", "corrected", "a", 0.75, 100, stage=2),
 )
 EVALUATION = Evaluation(
     ROWS,
@@ -35,6 +37,16 @@ def test_existing_evaluation_is_replaced_only_when_told(tmp_path: Path) -> None:
     assert read_evaluation(path) == Evaluation(ROWS[:1])
 
 
+def test_an_evaluation_from_before_there_were_stages_is_read(tmp_path: Path) -> None:
+    content = EVALUATION.as_dict() | {"format_version": 1}
+    content["rows"] = [
+        {key: value for key, value in row.items() if key != "stage"} for row in content["rows"]
+    ]
+    path = tmp_path / "evaluation.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert read_evaluation(path).rows == tuple(replace(row, stage=None) for row in ROWS)
+
+
 def changed(**entries: object) -> str:
     return json.dumps(EVALUATION.as_dict() | entries)
 
@@ -48,7 +60,11 @@ GOOD_ROW = EVALUATION.as_dict()["rows"][0]
         ("{", "must be JSON"),
         ("[]", "must hold a JSON object; got list"),
         ("{}", 'must be an evaluation with "format_version" and "rows"'),
-        (changed(format_version=2), "format_version must be 1; got 2"),
+        (changed(format_version=3), "format_version must be 1 to 2; got 3"),
+        (changed(format_version=0), "format_version must be 1 to 2; got 0"),
+        (changed(format_version=True), "format_version must be 1 to 2; got True"),
+        (changed(rows=[GOOD_ROW | {"stage": "1"}]), r"rows\[0\]: stage must be int"),
+        (changed(rows=[GOOD_ROW | {"stage": 0}]), "stage must count from 1; got 0"),
         (changed(rows={}), "rows: must be a list; got dict"),
         (changed(rows=[3]), r"rows\[0\]: must be an object; got int"),
         (changed(rows=[{"model": "m"}]), r"rows\[0\]: must have the keys"),

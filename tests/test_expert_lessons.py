@@ -43,7 +43,7 @@ def test_logits_and_statistics_are_the_experts(folder):
     logits = expert.logits(inputs.split(4), num_classes=3)
     with torch.no_grad():
         torch.testing.assert_close(logits, expert_net("dtd")(inputs))
-    found = expert.statistics(inputs, sites)
+    found = expert.statistics([inputs], sites)
     expected = gather_statistics(expert_net("dtd"), [inputs], sites)
     assert {name: s.mean.tolist() for name, s in found.items()} == {
         name: s.mean.tolist() for name, s in expected.items()

@@ -170,6 +170,37 @@ def test_variance_is_that_of_the_first_test_examples(world: World, evaluation: E
     assert [r.site for r in evaluation.variances if r.model == "a"] == ["fc1", "fc2"]
 
 
+class Backwards(Net):
+    """Calls its layers in another order than it registers them, and one of them twice."""
+
+    def __init__(self, width: int = 3) -> None:
+        super().__init__(width)
+        del self.fc1  # and register it last
+        self.fc2, self.fc1 = nn.Linear(6, 6), nn.Linear(5, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.head(self.fc2(self.fc2(self.fc1(x).relu()).relu()))
+        return logits
+
+
+def test_sites_are_in_the_order_of_the_calls_and_stages_are_kept(world: World) -> None:
+    folder = world.root / "backwards"
+    net = Backwards()
+    assert [name for name, _ in net.named_children()] != ["fc1", "fc2", "head"]
+    info = ExpertInfo(task="a", head_parameters=("head.weight", "head.bias"))
+    write_expert(folder, weights=net.state_dict(), info=info)
+    merge(None, {"a": folder}, Average(), world.root / "backwards-avg", progress=False)
+    models: dict[str, str | ModelEntry] = {
+        "average": ModelEntry(str(world.root / "backwards-avg"), stage=1)
+    }
+    only = {"a": world.tasks["a"]}
+    found = evaluate(
+        trainer(world.root), Backwards(), models, only, variance=True, sites=["fc2", "fc1"]
+    )
+    assert [row.site for row in found.variances] == ["fc1", "fc2"]
+    assert {row.stage for row in found.rows} == {1}
+
+
 def test_provenance_names_paths_and_fingerprints(world: World, evaluation: Evaluation) -> None:
     models = evaluation.provenance["models"]
     assert models["expert b"]["path"] == str(world.root / "b")

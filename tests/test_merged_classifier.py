@@ -54,7 +54,7 @@ def test_a_checkpoint_loads_without_experts_and_without_pickles(fitted):
     assert same(loaded, fitted.module)
     assert loaded.tasks == tuple(CLASSES)
     assert loaded.calibrated
-    assert loaded.lr == fitted.module.lr
+    assert loaded.fit == fitted.module.fit
 
 
 def test_a_checkpoint_holds_no_experts_no_logits_and_no_paths(fitted):

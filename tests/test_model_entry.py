@@ -54,6 +54,11 @@ def test_given_kind_and_task_go_before_what_the_files_say(folders: Path) -> None
     ]
 
 
+def test_stage_is_kept(folders: Path) -> None:
+    given = {"fitted": ModelEntry(str(folders / "corrected"), stage=2)}
+    assert resolve_entries(given, TASKS)["fitted"].stage == 2
+
+
 def test_wrong_entries_are_refused_by_name(folders: Path) -> None:
     path = str(folders / "plain")
     with pytest.raises(InputError, match="models: must name at least one"):
@@ -66,5 +71,11 @@ def test_wrong_entries_are_refused_by_name(folders: Path) -> None:
         resolve_entries({"a": ModelEntry(path, kind="expert")}, TASKS)
     with pytest.raises(InputError, match=r"models\.a\.task: .*got 'shvn'"):
         resolve_entries({"a": ModelEntry(path, task="shvn")}, TASKS)
+    for stage, kind in ((0, "merged"), (1, "control"), (1, "base")):
+        with pytest.raises(InputError, match=rf"models\.a\.stage: must be 1 .* got {stage} for"):
+            resolve_entries({"a": ModelEntry(path, kind, stage=stage)}, TASKS)  # type: ignore[arg-type]
+    both = {name: ModelEntry(path, "merged", stage=3) for name in ("a", "b")}
+    with pytest.raises(InputError, match=r"models\.b\.stage: must be another .* 'a'; got 3"):
+        resolve_entries(both, TASKS)
     with pytest.raises(InputError, match=r"models\.a\.kind: must be one of expert, base"):
         resolve_entries({"a": ModelEntry(path, kind="best")}, TASKS)  # type: ignore[arg-type]

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import lit_merge.streaming
 from lit_merge.correction import RescaleShift, gather_statistics
 from lit_merge.errors import InputError
+from lit_merge.merged.learned import RISING_STEPS
 from lit_merge.methods import EMR, Average, TaskArithmetic
 from lit_merge.module import MergeModule
 from lit_merge.parameters import ParametersPolicy
@@ -133,7 +134,7 @@ def test_the_closed_form_alone_is_a_fit_of_no_steps_and_meets_the_experts_statis
 ):
     module = fit(merge_module(folder), tmp_path, max_steps=0, max_epochs=-1)
     assert module.calibrated
-    assert not module._targets
+    assert module.targets is None
     network = module.network
     for index, task in enumerate(CLASSES):
         inputs, _ = tiny_data().calibration_batch(task, num_examples=256)
@@ -149,7 +150,7 @@ def test_the_fit_brings_the_merge_nearer_to_the_experts(folder, tmp_path):
     plain = merge_module(folder)
     plain.configure_model()
     closed = fit(merge_module(folder), tmp_path, max_steps=0, max_epochs=-1)
-    learned = fit(merge_module(folder), tmp_path, max_epochs=10)
+    learned = fit(merge_module(folder, holdout=0.0), tmp_path, max_epochs=20)
     assert disagreement(learned) < 0.8 * min(disagreement(closed), disagreement(plain))
 
 
@@ -171,7 +172,7 @@ def test_the_loss_is_the_mean_divergence_over_valid_examples(folder, tmp_path):
             if batch_idx == 0:
                 self.batch, self.logits = batch, first
 
-    module = merge_module(folder, closed_form="none", temperature=3.0)
+    module = merge_module(folder, closed_form="none", temperature=3.0, holdout=0.0)
     module.configure_model()
     data = tiny_data()
     data.setup("fit")
@@ -248,7 +249,7 @@ def test_evaluation_before_and_after_a_fit_works_in_one_process(folder, tmp_path
     assert result["test/accuracy"] == pytest.approx(mean)
 
 
-def test_the_learning_rate_falls_to_zero_over_the_fit(folder, tmp_path):
+def test_the_learning_rate_rises_and_falls_to_zero_over_the_fit(folder, tmp_path):
     rates: list[float] = []
 
     class Watch(Callback):
@@ -256,7 +257,9 @@ def test_the_learning_rate_falls_to_zero_over_the_fit(folder, tmp_path):
             rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
     fit(merge_module(folder, lr=0.02), tmp_path, Watch(), max_steps=4)
-    assert rates == pytest.approx([0.02, 0.02 * 0.853553, 0.01, 0.02 * 0.146447], rel=1e-5)
+    falling = [0.02, 0.02 * 0.853553, 0.01, 0.02 * 0.146447]
+    rising = [step / (RISING_STEPS + 1) for step in (1, 2, 3, 4)]
+    assert rates == pytest.approx([a * b for a, b in zip(falling, rising, strict=True)], rel=1e-5)
 
 
 @pytest.mark.parametrize("every", ["epoch", "step"])
@@ -315,8 +318,11 @@ def test_two_processes_fit_and_test_like_one(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"closed_form": "regmean"}, "closed_form: must be one of tact, none; got 'regmean'"),
-        ({"statistics": "none"}, "statistics: must be one of calibration, stored"),
+        (
+            {"closed_form": "regmean"},
+            "closed_form: must be one of tact, repair, none; got 'regmean'",
+        ),
+        ({"statistics": "none"}, "statistics: must be one of auto, calibration, stored"),
         ({"teacher": "expert"}, "teacher: must be one of experts, labels; got 'expert'"),
         ({"temperature": 0.0}, "temperature: must be positive and finite; got 0.0"),
         ({"lr": float("nan")}, "lr: must be positive and finite; got nan"),

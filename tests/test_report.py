@@ -6,11 +6,15 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 
 from lit_merge.errors import InputError
 from lit_merge.evaluation import Evaluation, EvaluationRow, VarianceRow, wilson_interval
 from lit_merge.merge_record import MergeRecord, TensorRecord
 from lit_merge.report import render_report, write_report
+from lit_merge.report.alignment_record import AlignedUnits, AlignmentRecord
+from lit_merge.report.scales import CorrectionScales, SiteScales
+from lit_merge.report.tables import alignment_section
 
 HOSTILE = '<script>alert("x")</script> & $x^2$'
 ROWS = (
@@ -18,6 +22,8 @@ ROWS = (
     EvaluationRow("expert b", "expert", HOSTILE, 0.6, 50, 0.8),
     EvaluationRow("base", "base", "a", 0.2, 100, 2.0),
     EvaluationRow("base", "base", HOSTILE, 0.3, 50, 2.1),
+    EvaluationRow("probe", "control", "a", 0.4, 100),
+    EvaluationRow("probe", "control", HOSTILE, 0.3, 50),
     EvaluationRow("average", "merged", "a", 0.6, 100, 1.2),
     EvaluationRow("average", "merged", HOSTILE, 0.3, 50, 1.6),
     EvaluationRow(f"fit {HOSTILE}", "corrected", "a", 0.76, 100, 0.5),
@@ -47,6 +53,38 @@ MERGE = MergeRecord(
     warnings=(f"warning {HOSTILE}",),
     provenance={"versions": {"torch": HOSTILE}},
 )
+CORRECTION = CorrectionScales(
+    name=f"runs/fit {HOSTILE}",
+    tasks=("a", HOSTILE),
+    sites=tuple(
+        SiteScales(
+            f"blocks.{site}.{HOSTILE}",
+            torch.tensor([[0.5, 2.0, 2.0], [1.0, 4.0, -1.0]], dtype=torch.float64),
+            torch.tensor([[1.0, 1.0, 1.0], [0.0, 3.0, 4.0]], dtype=torch.float64),
+        )
+        for site in range(2)
+    ),
+    settings={"lr": 0.01, "note": HOSTILE},
+)
+ALIGNMENT = AlignmentRecord(
+    name=f"aligned {HOSTILE}",
+    reference="left",
+    groups={"left": ("a",), f"right {HOSTILE}": (HOSTILE,)},
+    before=12.5,
+    after=99.25,
+    units=(
+        AlignedUnits(f"fc.{HOSTILE}", 16, "right", 15, 0.125, 0.75),
+        AlignedUnits("fc2.weight[0]", 4, "right", 0, None, None),
+    ),
+    provenance={"settings": {"by": HOSTILE}},
+)
+
+
+def test_groups_that_were_not_permuted_have_no_table() -> None:
+    record = AlignmentRecord("midpoint", "left", {"left": ("a",), "right": ("b",)}, 0.0, 0.0, ())
+    section = alignment_section(record)
+    assert section["sentence"] == "2 groups as they are, not permuted (left: a; right: b)."
+    assert (section["objective"], section["similarity"], section["lines"]) == ("", "", [])
 
 
 class Page(HTMLParser):
@@ -73,7 +111,13 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def source() -> str:
-    return render_report(EVALUATION, merges=[MERGE], title=f"Title {HOSTILE}")
+    return render_report(
+        EVALUATION,
+        merges=[MERGE],
+        corrections=[CORRECTION],
+        alignments=[ALIGNMENT],
+        title=f"Title {HOSTILE}",
+    )
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +175,9 @@ def test_merge_shows_traces_actions_and_tensors(page: Page) -> None:
 
 def test_figures_are_whole_and_their_ids_unique(source: str) -> None:
     figures = re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL)
-    assert len(figures) == 1 + 2 + 1  # mean, two tasks, variance of one task
+    # Steps and bars: the mean and two tasks each; the variance of one task and three keys; the
+    # mean, spread and shift of the scales and the channels of two sites.
+    assert len(figures) == 3 + 3 + 1 + 2 + 5
     ids = [
         value
         for figure in figures
@@ -143,6 +189,33 @@ def test_figures_are_whole_and_their_ids_unique(source: str) -> None:
 
 def test_variance_is_also_a_table(page: Page) -> None:
     assert re.search(r"1 blocks\.0\.\S.* 2 0\.5 ", page.text)
+
+
+def test_steps_stand_beside_their_controls(page: Page) -> None:
+    assert "What each step brings" in page.text
+    assert re.search(r"\bA probe: 50\.0 %", page.text)  # (0.4 / 0.8 + 0.3 / 0.6) / 2
+
+
+def test_correction_shows_scales_and_shifts_by_site_and_task(page: Page) -> None:
+    assert "2 sites, 2 tasks" in page.text
+    # number, module, task, channels, mean, spread, how many are not positive, shift, in stds
+    assert re.search(r"1 blocks\.0\.\S.* a 3 1\.26 1\.92 0 1 0\.71 1 ", page.text)
+    assert re.search(r" 3 1\.59 1\.92 1 2\.89 – ", page.text)
+    assert "lr: 0.01" in page.text
+
+
+def test_alignment_shows_the_similarity_before_and_after(page: Page) -> None:
+    assert "2 groups in the order of left" in page.text
+    assert "Objective: 12.5 → 99.25. Mean similarity of the units: 0.12 → 0.75." in page.text
+    assert re.search(r"right 16 15 0\.12 0\.75", page.text)
+    assert "fc2.weight[0] right 4 0 – –" in page.text
+
+
+def test_correction_without_sites_says_so() -> None:
+    heads = CorrectionScales("heads", ("a",), ())
+    text = Page(render_report(corrections=[heads])).text
+    assert "only heads or weights were fitted" in text
+    assert "1 correction" in text
 
 
 def test_report_of_merges_alone_has_no_table_of_accuracies() -> None:

@@ -29,7 +29,8 @@ def test_every_example_gets_its_own_tasks_scale_and_shift(middle):
     x = torch.randn(5, *middle, 4, generator=torch.Generator().manual_seed(1))
     out = module(x, task)
     for row, number in enumerate(task):
-        assert torch.equal(out[row], x[row] * module.weight[number] + module.bias[number])
+        expected = x[row] * module.weight[number] + module.bias[number]
+        torch.testing.assert_close(out[row], expected)
 
 
 def test_gradients_reach_only_the_tasks_of_the_batch():
@@ -64,3 +65,37 @@ def test_repr_shows_the_sizes():
 def test_sizes_below_one_are_refused(tasks, width, name):
     with pytest.raises(InputError, match=f"{name}: must be at least 1; got 0"):
         RescaleShift(tasks, width)
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (3, 2, 4), (3, 2, 2, 4)])
+def test_gradients_are_those_of_finite_differences(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    module = RescaleShift(2, 4).double()
+    task = torch.tensor([1, 0, 1])
+
+    def run(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        named = {"weight": weight, "bias": bias}
+        out: torch.Tensor = torch.func.functional_call(module, named, (x, task))
+        return out
+
+    values = [
+        torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, (2, 4), (2, 4))
+    ]
+    assert torch.autograd.gradcheck(run, values)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_overwriting_gives_what_a_forward_gives(dtype: torch.dtype) -> None:
+    module = RescaleShift(3, 5)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        module.weight.normal_()
+        module.bias.normal_()
+        for shape in ((4, 5), (4, 7, 5), (4, 5, 2, 3)):
+            x = torch.randn(shape).to(dtype)
+            x = x if shape[-1] == 5 else x.movedim(1, -1)
+            for task in (torch.tensor([2, 0, 1, 2]), 1):
+                ids = torch.full((4,), task) if isinstance(task, int) else task
+                expected, found = module(x, ids), x.clone()
+                module.overwrite(found, task)
+                assert torch.equal(found, expected)

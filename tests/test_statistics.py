@@ -1,6 +1,6 @@
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lit_merge.correction.forward import attention_mask_of, run_model
 from lit_merge.correction.sites import Site, find_sites
@@ -209,16 +209,48 @@ def test_infinite_activations_are_refused_even_if_later_ones_are_finite():
         gather_statistics(model, batches, find_sites(model))
 
 
+class _Named(nn.Module):
+    """A network with a module that returns its output by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_module("7", nn.Identity())
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        output: dict[str, Tensor] = self.get_submodule("7")({"x": x})
+        return output
+
+
+def test_of_several_outputs_the_first_is_measured():
+    attention = nn.Sequential(nn.MultiheadAttention(4, 1, batch_first=True)).eval()
+    x = torch.randn(3, 2, 4, generator=torch.Generator().manual_seed(0))
+    found = gather_statistics(
+        attention, [x], [Site("0", 4, -1)], forward=lambda m, x: m[0](x, x, x)
+    )
+    values = attention[0](x, x, x)[0].double().reshape(-1, 4)
+    torch.testing.assert_close(found["0"].mean, values.mean(0))
+    torch.testing.assert_close(found["0"].variance, values.var(0, correction=0))
+
+
+def test_what_a_module_is_given_is_measured_also_by_keyword():
+    layer = nn.Linear(4, 2)
+    x = torch.randn(9, 4, generator=torch.Generator().manual_seed(0))
+    for forward in (lambda m, x: m[0](x), lambda m, x: m[0](input=x)):
+        found = gather_statistics(
+            nn.Sequential(layer), [x], [Site("0:input", 4, -1)], forward=forward
+        )
+        torch.testing.assert_close(found["0:input"].mean, x.double().mean(0))
+
+
 def test_outputs_that_are_no_channel_tensors_are_refused_by_site():
     model = tiny_conv_net()
     inputs = images(2, channels=1)
     with pytest.raises(InputError, match=r"site '8': its output must have 5 channels on axis -1"):
         gather_statistics(model, [inputs], [Site("8", 5, -1)])
-    attention = nn.Sequential(nn.MultiheadAttention(4, 1, batch_first=True))
-    with pytest.raises(InputError, match=r"site '0': its output must be a batch of tensors; got"):
-        gather_statistics(
-            attention, [torch.ones(1, 2, 4)], [Site("0", 4, -1)], forward=lambda m, x: m[0](x, x, x)
-        )
+    with pytest.raises(InputError, match=r"site '7': its output must be a batch of tensors; got"):
+        gather_statistics(_Named(), [inputs], [Site("7", 8, -1)])
+    with pytest.raises(InputError, match=r"site '8:input': its input must have 5 channels on axis"):
+        gather_statistics(model, [inputs], [Site("8:input", 5, -1)])
     with pytest.raises(InputError, match=r"sites: must name modules of Sequential; got '99'"):
         gather_statistics(model, [inputs], [Site("99", 5, -1)])
 

@@ -64,7 +64,7 @@ def test_the_corrected_model_has_the_experts_statistics_at_every_site(build, inp
     model, corrections, context = merged_and_corrections(build)
     expert = gather_statistics(build(1), [inputs], corrections.sites)
     plain = corrected_statistics(model, inputs, corrections.sites, context, 1)
-    fit_tact(model, corrections, context, task=1, inputs=inputs, expert_statistics=expert)
+    fit_tact(model, corrections, context, batches={1: [inputs]}, expert_statistics={1: expert})
     after = corrected_statistics(model, inputs, corrections.sites, context, 1)
     for name, goal in expert.items():
         size = goal.variance.mean().sqrt().item()
@@ -88,9 +88,8 @@ def test_one_forward_equals_a_pass_for_every_site():
         model,
         corrections,
         context,
-        task=0,
-        inputs=inputs,
-        expert_statistics=gather_statistics(expert, [inputs], corrections.sites),
+        batches={0: [inputs]},
+        expert_statistics={0: gather_statistics(expert, [inputs], corrections.sites)},
     )
     for site, (scale, shift) in zip(corrections.sites, fits, strict=True):
         correction = corrections.at(site)
@@ -108,7 +107,7 @@ def test_a_model_that_is_its_own_expert_gets_the_identity(build, inputs):
     corrections = Corrections(sites, 1, context=context)
     statistics = gather_statistics(model, [inputs], sites)
     corrections.attach(model)
-    fit_tact(model, corrections, context, task=0, inputs=inputs, expert_statistics=statistics)
+    fit_tact(model, corrections, context, batches={0: [inputs]}, expert_statistics={0: statistics})
     for site in sites:
         correction = corrections.at(site)
         spread = statistics[site.name].std.mean().item()
@@ -122,7 +121,7 @@ def test_tokens_of_padding_have_no_part_in_the_fit():
         inputs = padded_texts((9, 2, 3, 4), pad_token=pad_token)
         model, corrections, context = merged_and_corrections(tiny_bert)
         expert = gather_statistics(tiny_bert(1), [inputs], corrections.sites)
-        fit_tact(model, corrections, context, task=0, inputs=inputs, expert_statistics=expert)
+        fit_tact(model, corrections, context, batches={0: [inputs]}, expert_statistics={0: expert})
         fits.append({name: value.clone() for name, value in corrections.state_dict().items()})
     for name, value in fits[0].items():
         torch.testing.assert_close(value, fits[1][name], rtol=1e-4, atol=1e-4)
@@ -140,7 +139,7 @@ def test_heads_of_the_task_run_while_it_is_fitted():
     for task, head in model.head.heads.items():
         head.register_forward_hook(lambda _, __, ___, task=task: ran.append(task))
     expert = gather_statistics(tiny_vit(1), [inputs], corrections.sites)
-    fit_tact(model, corrections, context, task=1, inputs=inputs, expert_statistics=expert)
+    fit_tact(model, corrections, context, batches={1: [inputs]}, expert_statistics={1: expert})
     assert ran == ["b"]
 
 
@@ -150,7 +149,7 @@ def test_fitting_leaves_modes_hooks_weights_and_gradients_alone():
     inputs = images(4, channels=1)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     expert = gather_statistics(tiny_conv_net(1), [inputs], corrections.sites)
-    fit_tact(model, corrections, context, task=0, inputs=inputs, expert_statistics=expert)
+    fit_tact(model, corrections, context, batches={0: [inputs]}, expert_statistics={0: expert})
     assert model.training
     assert model[1].training
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
@@ -165,7 +164,7 @@ def test_fitting_again_gives_the_same():
     expert = gather_statistics(tiny_vit(1), [inputs], corrections.sites)
 
     def fitted() -> dict[str, Tensor]:
-        fit_tact(model, corrections, context, task=0, inputs=inputs, expert_statistics=expert)
+        fit_tact(model, corrections, context, batches={0: [inputs]}, expert_statistics={0: expert})
         return {name: value.clone() for name, value in corrections.state_dict().items()}
 
     first, second = fitted(), fitted()
@@ -196,12 +195,15 @@ def test_a_spread_that_is_only_rounding_counts_as_constant():
     assert shift.item() == 2 - 1e4
 
 
-def check_refused(match: str, model, corrections, context, **changes: object) -> None:
+def check_refused(
+    match: str, model, corrections, context, *, task: int = 0, of_expert=None, **changes: object
+) -> None:
     inputs = images(4, channels=1)
+    if of_expert is None:
+        of_expert = gather_statistics(tiny_conv_net(1), [inputs], corrections.sites)
     options = {
-        "task": 0,
-        "inputs": inputs,
-        "expert_statistics": gather_statistics(tiny_conv_net(1), [inputs], corrections.sites),
+        "batches": {task: [inputs]},
+        "expert_statistics": {task: of_expert},
         **changes,
     }
     before = {name: value.clone() for name, value in corrections.state_dict().items()}
@@ -244,19 +246,19 @@ def test_missing_or_foreign_statistics_are_refused_by_site_and_nothing_is_half_f
         ({**good, "4": ChannelStatistics.empty(8)}, "got 8 channels of 0 rows"),
         ({**good, "4": broken}, "site '4': activations must be finite"),
     ):
-        check_refused(match, *setting, expert_statistics=statistics)
+        check_refused(match, *setting, of_expert=statistics)
 
 
 def test_nan_activations_are_refused_by_site():
     model, corrections, context = merged_and_corrections(tiny_conv_net)
     with torch.no_grad():
         model[3].weight[0] = torch.nan
-    check_refused("site '4': activations must be finite", model, corrections, context)
+    check_refused(r"site '4 \(task 0\)': activations must be finite", model, corrections, context)
 
 
 def test_a_forward_that_runs_no_site_is_refused():
     setting = merged_and_corrections(tiny_conv_net)
-    check_refused("inputs: must run at least one of the 2 sites", *setting, forward=lambda m, x: x)
+    check_refused("batches: must run at least one of the 2 sites", *setting, forward=lambda m, x: x)
 
 
 def test_a_correction_without_a_closed_form_is_refused():
@@ -284,7 +286,9 @@ def test_a_site_that_runs_twice_in_a_forward_is_refused():
     statistics = gather_statistics(model, [inputs], corrections.sites)
     corrections.attach(model)
     with pytest.raises(InputError, match=r"site '0': must run once in a forward"):
-        fit_tact(model, corrections, context, task=0, inputs=inputs, expert_statistics=statistics)
+        fit_tact(
+            model, corrections, context, batches={0: [inputs]}, expert_statistics={0: statistics}
+        )
     assert (corrections.at("0").weight == 1).all()
 
 
@@ -299,9 +303,8 @@ def test_sites_that_do_not_run_keep_their_identity():
         model,
         corrections,
         context,
-        task=0,
-        inputs=inputs,
-        expert_statistics=expert,
+        batches={0: [inputs]},
+        expert_statistics={0: expert},
         forward=lambda m, x: m["used"](x),
     )
     with context.using(0):

@@ -102,6 +102,27 @@ COMMANDS: tuple[Command, ...] = (
         example="lit-merge curvature --config configs/curvature.yaml",
     ),
     Command(
+        name="align",
+        summary="bring experts of different bases into one order of units",
+        function="lit_merge.cli.align:main",
+        usage="--config FILE [options]",
+        text="Finds the permutation symmetries of the model, proves them, matches every base with "
+        "the first group's by activations or weights, and writes the permuted experts beside the "
+        "midpoint of the bases, ready to be merged. Every expert computes what it did.",
+        options=(
+            _CONFIG,
+            _NETWORK,
+            ("--groups MAPPING", "by group: its base and its experts by task (configs/align.yaml)"),
+            ("--tasks FILE", "YAML with a Task per name, whose examples need no labels"),
+            ("--by WORD", "weights, activations, both or none; auto: activations, given tasks"),
+            ("--input_shape LIST", "shape of one input, where there are no tasks: [3,224,224]"),
+            ("--cycle_consistent", "match every base with all others"),
+            ("--output FOLDER", "the folder to write"),
+            _REPLACE,
+        ),
+        example="lit-merge align --config configs/align.yaml --by weights",
+    ),
+    Command(
         name="merge",
         summary="merge experts into one model, from files to files, without data",
         function="lit_merge.cli.merge:main",
@@ -115,6 +136,7 @@ COMMANDS: tuple[Command, ...] = (
             _CONFIG,
             ("--base PATH", "the model that the experts were fine-tuned from"),
             ("--experts.TASK PATH", "an expert: folder, checkpoint file or LoRA adapter"),
+            ("--groups MAPPING", "instead: experts by base (configs/merge_groups.yaml)"),
             ("--method CLASS", "GradientMatching, TaskArithmetic, TIES, … (docs/methods.md)"),
             ("--method.NAME VALUE", "an argument of the method"),
             ("--scale VALUE", "the method's scale; auto for the forecast's"),
@@ -156,16 +178,22 @@ COMMANDS: tuple[Command, ...] = (
         usage="--config FILE [options]",
         text="Sets a scale and a shift per task and channel so that the merged model's activations "
         "match each expert's (TACT, closed form), then refines them in a short fit to the experts' "
-        "outputs.",
+        "outputs. Without a merged folder, the experts are merged first; groups of experts by base "
+        "are aligned before.",
         options=(
             _CONFIG,
             _NETWORK,
             ("--merged FOLDER", 'what "lit-merge merge" wrote'),
-            ("--experts.TASK PATH", "the experts, which teach"),
+            ("--experts.TASK PATH", "the experts, which teach; with --base PATH they are merged"),
+            ("--groups MAPPING", "instead: experts by base (configs/correct_groups.yaml)"),
+            ("--least_squares.NAME VALUE", "solve the layers for the experts' activations first"),
             ("--tasks FILE", "YAML with one Task per name: TextTask, ImageTask, your own"),
             ("--tasks.TASK.NAME VALUE", "an argument of one of them"),
             ("--output FOLDER", "the corrected folder to write"),
             ("--trainer.max_steps N", "steps of the learned fit; 0: the closed form only"),
+            ("--trainable all", "learn the shared weights too, not scale and shift alone"),
+            ("--heads refit", "learn the heads as well"),
+            ("--holdout SHARE", "examples to measure on; the fit ends with its best state"),
             _TRAINER,
             _REPLACE,
         ),
@@ -194,12 +222,15 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         name="export",
-        summary="write one task's plain model: shared weights, masked, with its head",
+        summary="write one task's plain model: masked or corrected weights, with its head",
         function="lit_merge.cli.export:main",
         usage="--merged FOLDER (--task NAME | --tasks LIST) --output FOLDER [options]",
         text="Takes a task's model out of a merged folder, as a folder that transformers, timm or "
         "Lightning loads without lit-merge. After a merge with masks (TALLMasks, EMR) it is the "
-        "masked model of this task; the base is read again for it.",
+        "masked model of this task; the base is read again for it. After lit-merge correct the "
+        "scales and shifts are folded into the weights, and the result is proved against the "
+        "corrected model; what cannot be folded comes beside it as a file of Python for torch "
+        "alone.",
         options=(
             _CONFIG,
             ("--merged FOLDER", 'what "lit-merge merge" wrote'),
@@ -207,7 +238,10 @@ COMMANDS: tuple[Command, ...] = (
             ("--tasks LIST", "several tasks, [svhn,dtd], or all: a folder in the output for each"),
             ("--output FOLDER", "the folder to write"),
             ("--base PATH", "what was merged onto, where it has moved"),
-            ("--format NAME", "safetensors, or lightning for model.ckpt"),
+            ("--model CLASS", "the network; for a corrected folder"),
+            ("--examples FILE", "YAML with one Task per name, to prove a corrected export with"),
+            ("--fold NAME", "possible, or require: all corrections must be in the weights"),
+            ("--format NAME", "safetensors, lightning, or multi_task: all tasks in one file"),
             ("--dtype NAME", "the floating type to write"),
             _REPLACE,
         ),
@@ -215,18 +249,18 @@ COMMANDS: tuple[Command, ...] = (
     ),
     Command(
         name="report",
-        summary="write one self-contained HTML page from evaluation.json and merge.json",
+        summary="write one self-contained HTML page from evaluation.json and merged folders",
         function="lit_merge.cli.files:report",
         usage="FILE [FILE …] [options]",
-        text="Tables, plots, the record of every tensor and the provenance, in one file without "
-        "external parts.",
+        text="Tables, plots, what each step brings, the learned scales, the record of every tensor "
+        "and the provenance, in one file without external parts.",
         options=(
-            ("FILE", "evaluation.json, merge.json or merged folders, in any order"),
+            ("FILE", "evaluation.json; merged, corrected or aligned folders; in any order"),
             ("--output FILE", "the HTML file to write (default: report.html)"),
             ("--title TEXT", "the page's title"),
             _REPLACE,
         ),
-        example="lit-merge report evaluation.json merged/merge.json --output report.html",
+        example="lit-merge report evaluation.json merged/ corrected/ --output report.html",
     ),
     Command(
         name="inspect",

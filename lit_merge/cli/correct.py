@@ -1,6 +1,7 @@
-"""``lit-merge correct``: a Trainer fits a MergeModule that starts from a merged folder.
+"""``lit-merge correct``: a Trainer fits a MergeModule.
 
-With ``trainer.max_steps: 0`` the corrections stay as the closed form has set them.
+It starts from a merged folder, or merges experts in memory: of one base, or in ``groups`` by base,
+which are aligned first. With ``trainer.max_steps: 0`` all stays as the closed form has set it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from typing import Any
 from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
+from lit_merge.cli.groups import add_groups, align_groups, aligned_folder, require_alone
 from lit_merge.cli.parsing import add_switch, instantiate, parse
 from lit_merge.cli.training import add_tasks, make_trainer, quiet, training_parser
+from lit_merge.correction import RescaleShift
+from lit_merge.errors import InputError
 from lit_merge.module import MergeModule
 from lit_merge.output import require_free
 from lit_merge.tasks import MultiTaskDataModule
@@ -27,12 +31,11 @@ TRAINER = {
 }
 """The command's own defaults for the Trainer."""
 
-# Arguments that are no options of the same name: given apart, or settled by "lit-merge merge".
+# Arguments that are no options of the same name, or given apart.
 _APART: dict[type, frozenset[str]] = {
     MergeModule: frozenset(
         {
-            *("model", "merged", "experts", "seed", "correction"),
-            *("base", "base_hessian", "method", "policy"),
+            *("model", "base", "merged", "experts", "correction", "seed"),
         }
     ),
     MultiTaskDataModule: frozenset({"tasks", "seed"}),
@@ -44,12 +47,25 @@ def correct_parser() -> ArgumentParser:
     parser = training_parser("correct", "Repair a merged model.", defaults=TRAINER)
     parser.add_subclass_arguments(nn.Module, "model", fail_untyped=False, required=True)
     parser.add_argument(
-        "--merged", type=str, required=True, help='What "lit-merge merge" has written.'
+        "--merged", type=str | None, help='What "lit-merge merge" has written, to start from.'
     )
     parser.add_argument(
-        "--experts", type=dict[str, str], default={}, help="The experts, which teach, by task."
+        "--experts",
+        type=dict[str, str],
+        default={},
+        help="The experts by task, which teach; without merged they are merged first.",
     )
+    parser.add_argument(
+        "--base", type=str | None, help="What the experts were fine-tuned from, without merged."
+    )
+    add_groups(parser)
     add_tasks(parser)
+    parser.add_argument(
+        "--correction",
+        type=type[nn.Module],
+        default=RescaleShift,
+        help="A class of corrections, made from (number of tasks, number of channels).",
+    )
     for kind, left_out in _APART.items():
         parser.add_class_arguments(kind, skip=set(left_out))
     parser.add_argument("--output", type=str, required=True, help="The corrected folder to write.")
@@ -68,23 +84,50 @@ def main(argv: Sequence[str]) -> int:
     parser = correct_parser()
     config = parse(parser, argv)
     require_free(config.output, replace=config.replace)
+    _require_start(config)
+    folder = aligned_folder(config) if config.groups else None
     options = instantiate(parser, config)
+    trainer = make_trainer(options)
+    base, experts = options.base, options.experts
+    if folder is not None:
+        base, experts = align_groups(options, folder, model=options.model, tasks=options.tasks)
     module = MergeModule(
         options.model,
         merged=options.merged,
-        experts=options.experts,
+        base=base,
+        experts=experts,
+        correction=options.correction,
         seed=options.seed_everything,
         **_settings(options, MergeModule),
     )
     data = MultiTaskDataModule(
         options.tasks, seed=options.seed_everything, **_settings(options, MultiTaskDataModule)
     )
-    trainer = make_trainer(options)
     trainer.fit(module, datamodule=data)
     path = module.save_corrected(options.output, replace=options.replace)
     if trainer.is_global_zero:
         print(f"corrected: {path}")
     return 0
+
+
+def _require_start(config: Namespace) -> None:
+    """Check that there is one thing to start from.
+
+    Raises:
+        InputError: Groups are given together with what they stand in place of, or there is neither
+            a merged folder nor anything to merge.
+    """
+    if config.groups:
+        require_alone(config, "merged", "base", "experts")
+    elif config.aligned:
+        raise InputError(
+            f"aligned: must be left out without groups; got {config.aligned!r}. Give groups."
+        )
+    elif not config.merged and not config.experts:
+        raise InputError(
+            "merged: must be given, or experts, or groups of experts, to merge; got none of them. "
+            'Give the folder that "lit-merge merge" wrote.'
+        )
 
 
 def _settings(options: Namespace, kind: type) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from lit_merge.cli.parsing import command_parser, parse
@@ -12,6 +13,8 @@ from lit_merge.errors import InputError
 from lit_merge.evaluation import Evaluation
 from lit_merge.evaluation.file import read_evaluation, read_json_object
 from lit_merge.merge_record import MERGE_FILE, MergeRecord, read_merge_record
+from lit_merge.report.alignment_record import ALIGN_FILE, AlignmentRecord, read_alignment
+from lit_merge.report.scales import CORRECTION_FILE, CorrectionScales, read_scales
 
 
 def report(argv: Sequence[str]) -> int:
@@ -24,36 +27,70 @@ def report(argv: Sequence[str]) -> int:
 
     parser = command_parser("report", "Write one self-contained HTML page.")
     parser.add_argument(
-        "files", nargs="+", type=str, help="evaluation.json, merge.json or merged folders."
+        "files",
+        nargs="+",
+        type=str,
+        help="evaluation.json, merge.json, align.json; merged, corrected or aligned folders.",
     )
     parser.add_argument("--output", type=str, default="report.html", help="The file to write.")
     parser.add_argument("--title", type=str, default=DEFAULT_TITLE, help="The page's title.")
     parser.add_argument("--replace", action="store_true", help="Replace an existing file.")
     options = parse(parser, argv)
-    evaluation, merges = _read_all(options.files)
+    found = _read_all(options.files)
     path = write_report(
-        options.output, evaluation, merges=merges, title=options.title, replace=options.replace
+        options.output,
+        found.evaluation,
+        merges=found.merges,
+        corrections=found.corrections,
+        alignments=found.alignments,
+        title=options.title,
+        replace=options.replace,
     )
     print(f"report: {path}")
     return 0
 
 
-def _read_all(files: Sequence[str]) -> tuple[Evaluation | None, list[MergeRecord]]:
-    evaluation: tuple[str, Evaluation] | None = None
-    merges: list[MergeRecord] = []
+@dataclass
+class _Found:
+    """What the files of a report are.
+
+    Attributes:
+        evaluation: The one evaluation; None without one.
+        merges: The records of merges, in the order of the files.
+        corrections: The scales of corrected folders, likewise.
+        alignments: The records of alignments, likewise.
+    """
+
+    evaluation: Evaluation | None = None
+    merges: list[MergeRecord] = field(default_factory=list)
+    corrections: list[CorrectionScales] = field(default_factory=list)
+    alignments: list[AlignmentRecord] = field(default_factory=list)
+
+
+def _read_all(files: Sequence[str]) -> _Found:
+    found = _Found()
+    first = ""
     for name in files:
-        path = Path(name) / MERGE_FILE if Path(name).is_dir() else Path(name)
+        path = Path(name)
+        if path.is_dir():
+            known = (CORRECTION_FILE, ALIGN_FILE)
+            path /= next((file for file in known if (path / file).is_file()), MERGE_FILE)
+        if path.name == CORRECTION_FILE:
+            found.corrections.append(read_scales(path.parent))
+            continue
         content = read_json_object(path)
-        if "rows" not in content:
-            merges.append(read_merge_record(path))
-        elif evaluation is None:
-            evaluation = name, read_evaluation(path)
+        if "symmetries" in content:
+            found.alignments.append(read_alignment(path))
+        elif "rows" not in content:
+            found.merges.append(read_merge_record(path))
+        elif found.evaluation is None:
+            first, found.evaluation = name, read_evaluation(path)
         else:
             raise InputError(
-                f"{name}: must be the only evaluation of a report; got {evaluation[0]} before it. "
+                f"{name}: must be the only evaluation of a report; got {first} before it. "
                 "Evaluate all models in one run, or write a report for each."
             )
-    return (evaluation[1] if evaluation else None), merges
+    return found
 
 
 def inspect(argv: Sequence[str]) -> int:

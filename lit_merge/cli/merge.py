@@ -1,15 +1,21 @@
-"""``lit-merge merge``: the function :func:`lit_merge.merge` with its arguments from YAML."""
+"""``lit-merge merge``: the function :func:`lit_merge.merge` with its arguments from YAML.
+
+With ``groups`` in place of base and experts, :func:`lit_merge.align.align` comes first.
+"""
 
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
+from torch import nn
 
+from lit_merge.cli.groups import add_groups, align_groups, aligned_folder, require_alone
 from lit_merge.cli.parsing import (
     add_switch,
     command_parser,
@@ -18,22 +24,38 @@ from lit_merge.cli.parsing import (
 )
 from lit_merge.errors import InputError
 from lit_merge.methods import MergeMethod
+from lit_merge.output import require_free
 from lit_merge.streaming import MergeWarning, merge, merge_all, plan_all
 from lit_merge.streaming.overrides import with_setting
 from lit_merge.streaming.unfinished import Process
 from lit_merge.terminal import print_merge, print_plan
 
+_YAML = (".yaml", ".yml", ".json")
 
-def merge_parser() -> ArgumentParser:
-    """Return the parser of the command."""
+
+def merge_parser(*, networks: bool = True) -> ArgumentParser:
+    """Return the parser of the command.
+
+    Args:
+        networks: Whether it knows ``model`` and ``tasks``, for which groups alone have use.
+    """
     parser = command_parser("merge", "Merge experts into one model, from files to files.")
     parser.add_argument("--base", type=str | None, help="What the experts were fine-tuned from.")
     parser.add_argument(
         "--experts",
-        type=dict[str, str] | list[str],
-        required=True,
+        type=dict[str, str] | list[str] | None,
         help="Expert folders or checkpoints by task name, or a list of them.",
     )
+    add_groups(parser)
+    if networks:
+        # Imports Lightning, which takes seconds.
+        from lit_merge.cli.training import add_tasks, quiet
+
+        quiet()
+        parser.add_subclass_arguments(
+            nn.Module, "model", fail_untyped=False, required=False, help="With groups: the network."
+        )
+        add_tasks(parser, required=False)
     parser.add_argument("--output", type=str, default="merged", help="The folder to write.")
     parser.add_argument(
         "--outputs",
@@ -65,10 +87,12 @@ def main(argv: Sequence[str]) -> int:
     Raises:
         InputError: As :func:`lit_merge.merge`, and for a configuration that does not fit it.
     """
-    parser = merge_parser()
+    parser = merge_parser(networks=_names_networks(argv))
     config = parse(parser, argv)
-    options = instantiate(parser, config).as_dict()
-    del options["config"]
+    made = instantiate(parser, config)
+    if made.groups:
+        made.base, made.experts = _aligned(made)
+    options = _files(made)
     only_plan = options.pop("plan")
     outputs = _outputs(options)
     if only_plan:
@@ -83,6 +107,56 @@ def main(argv: Sequence[str]) -> int:
         for result in results:
             print_merge(result)
     return 0
+
+
+def _names_networks(argv: Sequence[str]) -> bool:
+    """Return whether arguments or configurations name groups, a model or tasks, or ask for help."""
+    words = ("--groups", "--model", "--tasks", "--help", "--print_config")
+    if any(word.startswith(words) for word in argv):
+        return True
+    paths = (Path(word.removeprefix("--config=").removeprefix("-c=")) for word in argv)
+    files = (path for path in paths if path.suffix in _YAML and path.is_file())
+    texts = (path.read_text(encoding="utf-8", errors="replace") for path in files)
+    return any(re.search(r"^(groups|model|tasks)\s*:", text, re.MULTILINE) for text in texts)
+
+
+def _files(options: Namespace) -> dict[str, Any]:
+    """Return the options that are about files, after checking those that are not.
+
+    Raises:
+        InputError: There are no experts, or options that only groups have use for.
+    """
+    if not options.experts:
+        raise InputError(
+            "experts: must be given, or groups of them by base; got neither. Name each expert's "
+            "path: --experts.TASK PATH."
+        )
+    for name in ("model", "tasks", "aligned"):
+        if options.get(name) and not options.groups:
+            raise InputError(
+                f"{name}: must be left out without groups; got {options[name]!r}. Experts of one "
+                "base are merged from their files alone."
+            )
+    apart = {"config", "groups", "align", "aligned", "model", "tasks"}
+    return {name: value for name, value in options.as_dict().items() if name not in apart}
+
+
+def _aligned(options: Namespace) -> tuple[str, dict[str, str]]:
+    """Align the groups, and return the base and the experts to merge.
+
+    Raises:
+        InputError: The options do not go together, or as :func:`lit_merge.align.align`.
+    """
+    require_alone(options, "base", "experts", "plan")
+    if not options.model:
+        raise InputError(
+            "model: must be given with groups, to find what can be permuted; got none. Name the "
+            "network: model: {class_path: …}."
+        )
+    folder = aligned_folder(options)
+    if not options.outputs and not options.sweep:
+        require_free(options.output, replace=options.replace)
+    return align_groups(options, folder, model=options.model, tasks=options.tasks)
 
 
 def _outputs(options: dict[str, Any]) -> dict[str | Path, MergeMethod]:

@@ -66,6 +66,11 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
         return config
     except ArgumentError as error:
         raise InputError(_message(parser, str(error))) from error
+    except ModuleNotFoundError as error:  # of the path of a class
+        raise InputError(
+            f"{error.name}: must be a module that can be imported; got none of that name. Name a "
+            "class by its path, my_package.MyClass, and put its folder on PYTHONPATH."
+        ) from error
 
 
 def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
@@ -79,6 +84,11 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
         return made
     except ArgumentError as error:
         raise InputError(_message(parser, str(error))) from error
+    except InputError:
+        raise
+    except ValueError as error:  # of a value of several types, with a message for each
+        own = re.search(r"^\s*- (\S+: must .*)", str(error), re.MULTILINE)
+        raise InputError(own[1] if own else _message(parser, str(error))) from error
 
 
 def given_options(parser: ArgumentParser, config: Namespace) -> str:

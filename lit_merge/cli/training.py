@@ -51,12 +51,12 @@ def training_parser(
     return parser
 
 
-def add_tasks(parser: ArgumentParser) -> None:
+def add_tasks(parser: ArgumentParser, *, required: bool = True) -> None:
     """Add the option ``tasks``: tasks by name, or a YAML file with them."""
     parser.add_argument(
         "--tasks",
-        type=dict[str, Task],
-        required=True,
+        type=dict[str, Task] if required else dict[str, Task] | None,
+        required=required,
         sub_configs=True,
         help="A Task per name, or a YAML file with them; the names are those of the experts.",
     )

@@ -2,8 +2,13 @@
 
 A correction is any module ``factory(num_tasks, num_features)`` with ``forward(x [B, ..., C],
 task [B]) -> [B, ..., C]`` that is the identity at the start. :class:`Corrections` holds one for
-each site and puts them behind the sites with forward hooks: the model's own modules, names and
-weights stay as they are, and a mixed-task batch passes through it once.
+each site and puts them there with forward hooks: the model's own modules, names and weights stay as
+they are, and a mixed-task batch passes through it once. Hooks are on the bare modules, so the model
+may be wrapped by torch.compile or DistributedDataParallel, before or after.
+
+Note:
+    torch.compile looks at hooks when it compiles: attach before the compiled model first runs, or
+    call ``torch.compiler.reset()`` afterwards.
 """
 
 from __future__ import annotations
@@ -12,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lit_merge.correction.forward import channels_last, module_at
+from lit_merge.correction.forward import channels_last, module_at, with_first_tensor
 from lit_merge.correction.rescale import RescaleShift
 from lit_merge.correction.routing import TaskContext, add_named
-from lit_merge.correction.sites import Site
+from lit_merge.correction.site import Site, channel_layout
 from lit_merge.errors import InputError
 
 
@@ -49,6 +55,7 @@ class Corrections(nn.Module):
         self.sites = tuple(sites)
         self.context = context
         self.enabled = True
+        self._overwrites = False
         self._handles: list[RemovableHandle] = []
         for site in self.sites:
             module = factory(num_tasks, site.num_features)
@@ -76,9 +83,14 @@ class Corrections(nn.Module):
                 "corrections: must be attached to one model at a time; got a second. Call "
                 "detach() first."
             )
-        modules = [module_at(model, site.name) for site in self.sites]
+        modules = [module_at(model, site.module) for site in self.sites]
         self._handles = [
-            module.register_forward_hook(_Correct(self, site))
+            module.register_forward_pre_hook(_CorrectInput(self, site), with_kwargs=True)
+            if site.before
+            else module.register_forward_hook(
+                # Layers make a new tensor, which nobody else has; blocks may return their input.
+                _Correct(self, site, fresh=channel_layout(module) is not None)
+            )
             for module, site in zip(modules, self.sites, strict=True)
         ]
 
@@ -98,7 +110,7 @@ class Corrections(nn.Module):
             self.enabled = before
 
     def forward(self, x: Tensor, site: Site | str) -> Tensor:
-        """Return the corrected output of a site.
+        """Return the corrected activations of a site.
 
         Args:
             x: Activations with the channels last, ``[k·B, ..., C]``.
@@ -112,16 +124,64 @@ class Corrections(nn.Module):
         corrected: Tensor = self.at(name)(x, ids)
         return corrected
 
+    @contextmanager
+    def overwriting(self) -> Iterator[None]:
+        """Let layers' outputs be overwritten inside the block, where no gradients are recorded.
+
+        It saves memory and time for corrections that have an ``overwrite(x, task)``. What has kept
+        a layer's output from before the correction then holds the corrected one.
+        """
+        before, self._overwrites = self._overwrites, True
+        try:
+            yield
+        finally:
+            self._overwrites = before
+
+    def overwrite(self, output: Any, site: Site) -> bool:
+        """Correct a layer's output where it is, if that is allowed and the correction can."""
+        if not self._overwrites or torch.is_grad_enabled() or not isinstance(output, Tensor):
+            return False
+        correction = self._modules[site.name.replace(".", "/")]
+        overwrite = getattr(correction, "overwrite", None)
+        if overwrite is None or output.shape[site.channel_dim] != site.num_features:
+            return False
+        x = output if site.channel_dim == -1 else output.movedim(site.channel_dim, -1)
+        present = self.context.present
+        ids = present[0] if len(present) == 1 else None
+        overwrite(x, self.context.ids_for(x, where=f"site {site.name!r}") if ids is None else ids)
+        return True
+
 
 class _Correct:
     """The hook behind one site: an object and no closure, so that copies and pickles follow."""
 
-    def __init__(self, corrections: Corrections, site: Site) -> None:
+    def __init__(self, corrections: Corrections, site: Site, *, fresh: bool = False) -> None:
         self.corrections = corrections
         self.site = site
+        self.fresh = fresh
 
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Tensor | None:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not self.corrections.enabled:
             return None
-        corrected: Tensor = self.corrections(channels_last(output, self.site), self.site)
+        if self.fresh and self.corrections.overwrite(output, self.site):
+            return None
+        return with_first_tensor(output, self.corrected(output))
+
+    def corrected(self, value: Any) -> Tensor:
+        """Return the corrected first tensor of a module's output or arguments."""
+        corrected: Tensor = self.corrections(channels_last(value, self.site), self.site)
         return corrected.movedim(-1, self.site.channel_dim)
+
+
+class _CorrectInput(_Correct):
+    """The hook before one site."""
+
+    def __call__(  # torch calls it as a pre-hook with keyword arguments
+        self, module: nn.Module, args: Any, kwargs: Any
+    ) -> Any:
+        if not self.corrections.enabled:
+            return None
+        if args:
+            return with_first_tensor(args, self.corrected(args)), kwargs
+        name = next(iter(kwargs), "")
+        return args, {**kwargs, name: self.corrected(tuple(kwargs.values()))}

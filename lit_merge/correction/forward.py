@@ -13,8 +13,10 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lit_merge.correction.sites import Site
+from lit_merge.correction.site import Site
+from lit_merge.correction.wrappers import bare_module_at
 from lit_merge.errors import InputError
 
 Forward: TypeAlias = Callable[[nn.Module, Any], Any]
@@ -50,29 +52,81 @@ def attention_mask_of(inputs: Any) -> Tensor | None:
     return mask
 
 
+def first_tensor(value: Any) -> Tensor | None:
+    """Return what a module was given or has returned: a tensor, or the first of several.
+
+    Blocks of some transformers return a tuple, hidden states first.
+    """
+    if isinstance(value, (tuple, list)) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) else None
+
+
+def with_first_tensor(value: Any, tensor: Tensor) -> Any:
+    """Return a module's output or arguments with another tensor for :func:`first_tensor`'s."""
+    if isinstance(value, tuple):
+        return (tensor, *value[1:])
+    return [tensor, *value[1:]] if isinstance(value, list) else tensor
+
+
 def channels_last(output: Any, site: Site) -> Tensor:
-    """Return a site's output as ``[B, ..., C]``.
+    """Return the activation at a site as ``[B, ..., C]``.
+
+    Args:
+        output: What the site's module has returned, or its arguments for a site before it; of
+            several values the first counts.
+        site: The site.
 
     Raises:
-        InputError: The output is no tensor, or has not the site's channels where they should be.
+        InputError: It is no tensor, or has not the site's channels where they should be.
     """
-    if isinstance(output, Tensor) and output.is_nested:
+    what = "input" if site.before else "output"
+    found = first_tensor(output)
+    if found is not None and found.is_nested:
         raise InputError(
-            f"site {site.name!r}: its output must be padded, not nested; got a nested tensor. "
+            f"site {site.name!r}: its {what} must be padded, not nested; got a nested tensor. "
             "Build the TransformerEncoder with enable_nested_tensor=False."
         )
-    if not isinstance(output, Tensor) or output.ndim < 2:
-        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output)
+    if found is None or found.ndim < 2:
+        got = f"shape {tuple(found.shape)}" if found is not None else type(output)
         raise InputError(
-            f"site {site.name!r}: its output must be a batch of tensors; got {got}. Leave this "
+            f"site {site.name!r}: its {what} must be a batch of tensors; got {got}. Leave this "
             "module out of the sites."
         )
-    if output.shape[site.channel_dim] != site.num_features:
+    if found.shape[site.channel_dim] != site.num_features:
         raise InputError(
-            f"site {site.name!r}: its output must have {site.num_features} channels on axis "
-            f"{site.channel_dim}; got shape {tuple(output.shape)}. Find the sites on this model."
+            f"site {site.name!r}: its {what} must have {site.num_features} channels on axis "
+            f"{site.channel_dim}; got shape {tuple(found.shape)}. Find the sites on this model."
         )
-    return output.movedim(site.channel_dim, -1)
+    return found.movedim(site.channel_dim, -1)
+
+
+def watch_site(
+    model: nn.Module, site: Site, see: Callable[[Tensor], None], *, prepend: bool = False
+) -> RemovableHandle:
+    """Show every activation at a site to a function while the model runs.
+
+    Args:
+        model: The network, wrapped or not.
+        site: Where to look.
+        see: Called with ``[B, ..., C]``.
+        prepend: Whether to look before hooks that are there already (corrections), not after them.
+
+    Returns:
+        What takes the hook away again.
+    """
+    module = module_at(model, site.module)
+    if site.before:
+
+        def look_before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            see(channels_last(args or tuple(kwargs.values()), site))
+
+        return module.register_forward_pre_hook(look_before, prepend=prepend, with_kwargs=True)
+
+    def look_after(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        see(channels_last(output, site))
+
+    return module.register_forward_hook(look_after, prepend=prepend)
 
 
 def rows(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -111,13 +165,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def module_at(model: nn.Module, name: str, *, parameter: str = "sites") -> nn.Module:
-    """Return the module of that qualified name.
+    """Return the module of that qualified name, which is the one in the bare model.
 
     Raises:
         InputError: The model has no such module.
     """
     try:
-        return model.get_submodule(name)
+        return bare_module_at(model, name)
     except AttributeError:
         raise InputError(
             f"{parameter}: must name modules of {type(model).__name__}; got {name!r}, which it "

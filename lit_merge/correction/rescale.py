@@ -7,10 +7,42 @@ there it recovers most of what a merge has lost, with 2·T·C numbers per site.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from lit_merge.errors import InputError
+
+
+class _Affine(torch.autograd.Function):
+    """``x * scale + shift`` with scale and shift per example and channel, ``[B, 1, ..., C]``.
+
+    Autograd's own would pass over the activation once more forward, and once more memory backward.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        return torch.addcmul(shift, x, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = gradients
+        x, scale = ctx.saved_tensors
+        inner = tuple(range(1, gradient.ndim - 1))
+        of_x = gradient * scale if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_x, None, None
+        of_scale, of_shift = gradient * x, gradient
+        if inner:
+            of_scale, of_shift = of_scale.sum(inner, True), of_shift.sum(inner, True)
+        return of_x, of_scale, of_shift
 
 
 class RescaleShift(nn.Module):
@@ -40,12 +72,28 @@ class RescaleShift(nn.Module):
             x: Activations, ``[B, ..., C]``.
             task: Task of each example, int64 ``[B]``.
         """
-        shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+        corrected: Tensor = _Affine.apply(x, *self._rows(x, task))
+        return corrected
+
+    def overwrite(self, x: Tensor, task: Tensor | int) -> None:
+        """Correct activations where they are, without gradients: no second pass over memory.
+
+        Args:
+            x: Activations, ``[B, ..., C]``; changed.
+            task: Task of each example, int64 ``[B]``; one int for all.
+        """
+        scale, shift = self._rows(x, task)
+        torch.addcmul(shift, x, scale, out=x)
+
+    def _rows(self, x: Tensor, task: Tensor | int) -> tuple[Tensor, Tensor]:
+        """Return scale and shift in a shape that broadcasts to the activations."""
+        scale, shift = self.weight[task], self.bias[task]
+        if not isinstance(task, int):
+            shape = (x.shape[0], *(1,) * (x.ndim - 2), x.shape[-1])
+            scale, shift = scale.view(shape), shift.view(shape)
         # Under autocast x is half precision and the parameters are not: without the casts every
         # corrected activation would silently become float32.
-        scale = self.weight[task].to(x.dtype).view(shape)
-        shift = self.bias[task].to(x.dtype).view(shape)
-        return x * scale + shift
+        return scale.to(x.dtype), shift.to(x.dtype)
 
     @torch.no_grad()
     def set_(self, task: int, scale: Tensor, shift: Tensor) -> None:

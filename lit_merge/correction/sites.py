@@ -1,13 +1,23 @@
-"""Sites: the modules whose outputs are measured per channel and corrected per task.
+"""Finding sites: by kind, by pattern, or where corrections have done best.
 
-A site is a module with one number per channel in its output. Its channel axis is the last one for
-linear layers, embeddings and layer norms, ``[B, ..., C]``, and axis 1 for convolutions and the
-norms that follow them, ``[B, C, ...]``. Everything else in this package moves that axis last.
+==============  ===================================================================================
+``auto``        a default that folds into the weights, see :func:`find_sites`
+``linear``      outputs of linear layers
+``conv``        outputs of convolutions
+``norm``        outputs of norms
+``final``       the final feature: what the task's head is given
+``branch``      outputs of residual branches before they are added           (needs example inputs)
+``block``       outputs of blocks: the residual stream                       (needs example inputs)
+``attention``   attention contexts before their output projection            (needs example inputs)
+anything else   a shell-style pattern over module names (``*`` also crosses dots), with ``:input``
+                at its end for what the modules are given
+==============  ===================================================================================
 
 Where to correct matters (measured on small models, per cent of the experts' accuracy kept by the
-closed form): convolutional nets after their batch norms 40, at convolution outputs 26; vision
-transformers at every linear output 50, after their layer norms 40, at block outputs 41. ``"auto"``
-follows that.
+closed form): convolutional nets after their batch norms 40, at convolution outputs 26, at block
+outputs 38, at the final feature 30; vision transformers at every linear output 50, after their
+layer norms 40, at block outputs 41, at branches 32, at the final feature 39. ``"auto"`` follows
+that.
 """
 
 from __future__ import annotations
@@ -15,68 +25,38 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.nn.modules.lazy import LazyModuleMixin
 
-from lit_merge.errors import InputError
-
-KINDS = (
-    "Linear, Conv1d/2d/3d, ConvTranspose1d/2d/3d, transformers' Conv1D, Embedding, BatchNorm, "
-    "InstanceNorm, GroupNorm, LayerNorm and RMSNorm (also their channels-first 2d forms)"
+from lit_merge.correction.forward import Forward, run_model
+from lit_merge.correction.site import (
+    KINDS,
+    Site,
+    channel_layout,
+    input_layout,
+    input_of,
+    is_channel_norm,
+    is_convolution,
+    is_linear,
+    is_norm,
 )
+from lit_merge.correction.site_kinds import TracedRun
+from lit_merge.correction.wrappers import bare, bare_name, named_bare_modules
+from lit_merge.errors import InputError
+from lit_merge.heads import detect_heads
 
+__all__ = ["KINDS", "Site", "channel_layout", "find_sites"]
 
-@dataclass(frozen=True)
-class Site:
-    """A place in a model where activations are measured and corrected.
-
-    Attributes:
-        name: Qualified name of the module whose output it is.
-        num_features: Number of channels C.
-        channel_dim: Axis of the channels in the output: -1 for ``[B, ..., C]``, 1 for
-            ``[B, C, ...]``.
-    """
-
-    name: str
-    num_features: int
-    channel_dim: int
-
-
-def channel_layout(module: nn.Module) -> tuple[int, int] | None:
-    """Return the number of channels of a module's output and their axis, None if unknown.
-
-    Layers of transformers and timm are recognised by their shape, so neither is imported.
-
-    >>> channel_layout(nn.Linear(3, 5)), channel_layout(nn.Conv2d(3, 8, 1))
-    ((5, -1), (8, 1))
-    """
-    if isinstance(module, nn.Linear):
-        return module.out_features, -1
-    if isinstance(module, _ConvNd):
-        return module.out_channels, 1
-    if isinstance(module, nn.Embedding):
-        return module.embedding_dim, -1
-    if isinstance(module, (_BatchNorm, _InstanceNorm)):
-        return module.num_features, 1
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels, 1
-    weight = getattr(module, "weight", None)
-    shape = tuple(weight.shape) if isinstance(weight, nn.Parameter) else ()
-    kind = type(module).__name__
-    if kind == "Conv1D" and len(shape) == 2:  # transformers: a Linear stored as [in, out]
-        return shape[1], -1
-    if isinstance(module, nn.LayerNorm):
-        shape = tuple(module.normalized_shape)  # also without an affine part
-    if len(shape) == 1 and (isinstance(module, nn.LayerNorm) or _is_layer_norm(kind)):
-        # The name is all that tells timm's LayerNorm2d, a subclass of LayerNorm, from its parent.
-        first = "2d" in kind or getattr(module, "data_format", None) == "channels_first"
-        return shape[0], 1 if first else -1
-    return None
+_TRACED: dict[str, Callable[[TracedRun], tuple[str, ...]]] = {
+    "branch": TracedRun.branches,
+    "block": TracedRun.blocks,
+    "attention": TracedRun.contexts,
+}
 
 
 def find_sites(
@@ -84,17 +64,22 @@ def find_sites(
     *,
     where: str | Sequence[str] = "auto",
     exclude: Collection[str] = (),
+    example_inputs: Any = None,
+    forward: Forward = run_model,
 ) -> tuple[Site, ...]:
     """Find the sites of a model, in the order in which its modules are registered.
 
     ``"auto"`` takes the outputs of batch, instance and group norms where a model has them
     (a group norm counts when there are convolutions), else every linear output (transformers,
-    MLPs), and in a convolutional net without any norm the convolutions and linear layers.
-    ``"linear"`` and ``"norm"`` take all layers of that sort. Anything else is a shell-style pattern
-    over qualified module names (``*`` also crosses dots).
+    MLPs), and in a convolutional net without any norm the convolutions and linear layers. All of
+    them fold: a scale and shift there can be taken up by the layer's own weights.
 
     A pattern may also match containers and layers without parameters (activations, dropout); these
-    are passed over as long as the pattern matches a site as well.
+    are passed over as long as the pattern matches a site as well. Where it matches nothing else,
+    they are sites if there are example inputs, which show how many channels they have.
+
+    The sites of a model that torch.compile or DistributedDataParallel has wrapped are those of the
+    bare model.
 
     Note:
         The projection inside :class:`torch.nn.MultiheadAttention` is never called as a module
@@ -103,27 +88,37 @@ def find_sites(
 
     Args:
         model: The network.
-        where: ``"auto"``, ``"linear"``, ``"norm"``, a pattern, or several of these.
+        where: A kind of site or a pattern, or several of these; see the top of this file.
         exclude: Names of modules or of parameters (the task heads); sites inside are left out.
+        example_inputs: Two or more examples, as the network takes them; the model runs on them
+            once for the kinds that need it. Their values do not matter.
+        forward: Runs the model on the example inputs.
 
     Returns:
-        The sites, each module once.
+        The sites, each once.
 
     Raises:
-        InputError: Nothing was found, a pattern matched nothing, or one matched a layer with
-            parameters whose output has no known channel axis.
+        InputError: Nothing was found, a pattern matched nothing, one matched a layer with
+            parameters whose output has no known channel axis, or example inputs are missing.
     """
-    names = {name: module for name, module in model.named_modules() if name}
-    unreachable = _attention_projections(model)
+    names = {name: module for name, module in named_bare_modules(model) if name}
+
+    @cache
+    def trace() -> TracedRun | None:
+        known = example_inputs is not None
+        return TracedRun(model, example_inputs, forward=forward) if known else None
+
+    candidates = _Candidates(model, names, exclude, trace)
     wanted = (where,) if isinstance(where, str) else tuple(where)
     chosen: set[str] = set()
     for entry in wanted:
-        chosen |= _choose(entry, model, names, unreachable, exclude)
-    sites = []
-    for name, module in names.items():
-        layout = channel_layout(module)
-        if name in chosen and layout is not None and not _inside(name, exclude):
-            sites.append(Site(name, *layout))
+        chosen |= candidates.of(entry)
+    sites = [
+        site
+        for name in names
+        for key in (input_of(name), name)
+        if key in chosen and (site := candidates.site(key)) is not None
+    ]
     if not sites:
         heads = f" outside {sorted(exclude)}" if exclude else ""
         raise InputError(
@@ -133,63 +128,129 @@ def find_sites(
     return tuple(sites)
 
 
-def _choose(
-    entry: str,
-    model: nn.Module,
-    names: dict[str, nn.Module],
-    unreachable: Collection[str],
-    exclude: Collection[str],
-) -> set[str]:
-    usable = {name for name in names if name not in unreachable}
+class _Candidates:
+    """The modules of a model that sites can be at."""
 
-    def of(*tests: Callable[[nn.Module], bool]) -> set[str]:
-        return {name for name in usable if any(test(names[name]) for test in tests)}
+    def __init__(
+        self,
+        model: nn.Module,
+        names: dict[str, nn.Module],
+        exclude: Collection[str],
+        trace: Callable[[], TracedRun | None],
+    ) -> None:
+        self.model = model
+        self.names = names
+        self.exclude = [bare_name(name) for name in exclude]
+        self.trace = trace
+        self.unreachable = _attention_projections(model)
 
-    if entry == "linear":
-        return of(_is_linear)
-    if entry == "norm":
-        return of(_is_norm)
-    if entry == "auto":
-        inner = {name: m for name, m in names.items() if not _inside(name, exclude)}
-        convolutional = any(isinstance(m, _ConvNd) for m in inner.values())
-        if any(isinstance(m, (_BatchNorm, _InstanceNorm)) for m in inner.values()):
-            return of(_is_channel_norm)
-        if convolutional and any(isinstance(m, nn.GroupNorm) for m in inner.values()):
-            return of(_is_channel_norm)
-        if convolutional and not any(_is_norm(m) for m in inner.values()):
-            return of(_is_linear, lambda m: isinstance(m, _ConvNd))
-        return of(_is_linear)
-    return _match(entry, model, names, unreachable)
+    def of(self, entry: str) -> set[str]:
+        """Return the names of the sites of a kind or pattern."""
+        if entry in _TRACED:
+            return self._traced(entry)
+        if entry == "final":
+            return {self._final()}
+        inside = {name for name in self.names if _inside(name, self.exclude)}
+        if entry.endswith(input_of("")):
+            matched = self._match(entry.removesuffix(input_of("")), before=True)
+            return {input_of(name) for name in matched - inside}
+        kinds = {"linear": (is_linear,), "norm": (is_norm,), "conv": (is_convolution,)}
+        tests = self._auto(inside) if entry == "auto" else kinds.get(entry)
+        if tests is None:
+            return self._match(entry) - inside
+        usable = set(self.names) - self.unreachable - inside
+        return {name for name in usable if any(test(self.names[name]) for test in tests)}
 
+    def site(self, name: str) -> Site | None:
+        """Return a site with its channels, None where neither the module nor a run shows them."""
+        layout = self._layout(name)
+        if layout is not None:
+            return Site(name, *layout)
+        trace = self.trace()
+        return None if trace is None else trace.site(name)
 
-def _match(
-    pattern: str, model: nn.Module, names: dict[str, nn.Module], unreachable: Collection[str]
-) -> set[str]:
-    matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
-    if not matched:
-        near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or list(names)[:5]
+    def _layout(self, name: str) -> tuple[int, int] | None:
+        site = Site(name, 0, -1)
+        module = self.names[site.module]
+        return input_layout(module) if site.before else channel_layout(module)
+
+    def _auto(self, inside: Collection[str]) -> tuple[Callable[[nn.Module], bool], ...]:
+        modules = [module for name, module in self.names.items() if name not in inside]
+        convolutional = any(map(is_convolution, modules))
+        if any(isinstance(m, (_BatchNorm, _InstanceNorm)) for m in modules):
+            return (is_channel_norm,)
+        if convolutional and any(isinstance(m, nn.GroupNorm) for m in modules):
+            return (is_channel_norm,)
+        if convolutional and not any(map(is_norm, modules)):
+            return is_linear, is_convolution
+        return (is_linear,)
+
+    def _traced(self, kind: str) -> set[str]:
+        trace = self.trace()
+        if trace is None:
+            raise InputError(
+                f"where: {kind!r} must come with example inputs, because only a run shows where "
+                "they are; got none. Give example_inputs, or name the modules by a pattern."
+            )
+        found = {name for name in _TRACED[kind](trace) if not _inside(name, self.exclude)}
+        if not found:
+            raise InputError(
+                f"where: {kind!r} must lead to sites of {type(self.model).__name__}; got none in a "
+                "run on the example inputs. Name the modules by a pattern."
+            )
+        unknown = [name for name in sorted(found) if self.site(name) is None]
+        if unknown:
+            raise InputError(
+                f"where: {kind!r} must lead to activations whose channel axis can be told; got "
+                f"{unknown[0]!r}, whose shape no layer of a known kind has. Name the modules by a "
+                f"pattern; known are {KINDS}."
+            )
+        return found
+
+    def _final(self) -> str:
+        heads = tuple(map(bare_name, detect_heads(bare(self.model)))) or tuple(self.exclude)
+        owners = {name for name in self.names if _inside(name, heads)}
+        for name, module in self.names.items():
+            if name in owners and input_layout(module) is not None:
+                return input_of(name)
         raise InputError(
-            f"where: must match modules of {type(model).__name__}; got {pattern!r}, which matches "
-            f"none. Near it are: {', '.join(near) or 'no modules at all'}."
+            f"where: 'final' must find the head of {type(self.model).__name__}, a linear or "
+            f"convolutional layer; got {sorted(heads) or 'no head'}. Name what the feature is "
+            "given to by a pattern, as in 'my_head:input'."
         )
-    known = {n for n in matched if channel_layout(names[n]) and n not in unreachable}
-    for name in matched:
-        module = names[name]
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+
+    def _match(self, pattern: str, *, before: bool = False) -> set[str]:
+        names = self.names
+        matched = [name for name in names if fnmatch.fnmatchcase(name, pattern)]
+        if not matched:
+            near = difflib.get_close_matches(pattern, names, n=5, cutoff=0.4) or list(names)[:5]
             raise InputError(
-                f"where: {name!r} must have its shape; got a {type(module).__name__} that has not "
-                "run yet. Run one batch through the model first."
+                f"where: must match modules of {type(self.model).__name__}; got {pattern!r}, which "
+                f"matches none. Near it are: {', '.join(near) or 'no modules at all'}."
             )
-        own_parameters = any(True for _ in module.parameters(recurse=False))
-        leaf = next(module.children(), None) is None
-        if name not in known and (
-            not known or (leaf and own_parameters and name not in unreachable)
-        ):
-            raise InputError(
-                f"where: {name!r} must be a layer with a known channel axis that is called as a "
-                f"module; got a {type(module).__name__}. Narrow {pattern!r} to {KINDS}."
-            )
-    return known
+        sites = {name: input_of(name) if before else name for name in matched}
+        reachable = [name for name in matched if name not in self.unreachable]
+        known = {name for name in reachable if self._layout(sites[name])}
+        if not known:
+            known = {name for name in reachable if self.site(sites[name])}
+        for name in matched:
+            module = names[name]
+            if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+                raise InputError(
+                    f"where: {name!r} must have its shape; got a {type(module).__name__} that has "
+                    "not run yet. Run one batch through the model first."
+                )
+            own_parameters = any(True for _ in module.parameters(recurse=False))
+            leaf = next(module.children(), None) is None
+            if name not in known and (
+                not known or (leaf and own_parameters and name not in self.unreachable)
+            ):
+                raise InputError(
+                    f"where: {name!r} must be a layer with a known channel axis that is called as "
+                    f"a module; got a {type(module).__name__}. Narrow {pattern!r} to {KINDS}; for "
+                    "others give example_inputs."
+                )
+        return known
 
 
 def _inside(name: str, exclude: Collection[str]) -> bool:
@@ -202,27 +263,8 @@ def _inside(name: str, exclude: Collection[str]) -> bool:
 
 def _attention_projections(model: nn.Module) -> frozenset[str]:
     def projections() -> Iterator[str]:
-        for name, module in model.named_modules():
+        for name, module in named_bare_modules(model):
             if isinstance(module, nn.MultiheadAttention):
                 yield f"{name}.out_proj" if name else "out_proj"
 
     return frozenset(projections())
-
-
-def _is_layer_norm(kind: str) -> bool:
-    return any(word in kind.lower() for word in ("rmsnorm", "layernorm", "simplenorm"))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or (
-        type(module).__name__ == "Conv1D" and channel_layout(module) is not None
-    )
-
-
-def _is_channel_norm(module: nn.Module) -> bool:
-    return isinstance(module, (_BatchNorm, _InstanceNorm, nn.GroupNorm))
-
-
-def _is_norm(module: nn.Module) -> bool:
-    named = isinstance(module, nn.LayerNorm) or _is_layer_norm(type(module).__name__)
-    return _is_channel_norm(module) or (named and channel_layout(module) is not None)

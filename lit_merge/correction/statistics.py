@@ -11,7 +11,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -22,13 +22,13 @@ from lit_merge.correction.forward import (
     Forward,
     MaskOf,
     attention_mask_of,
-    channels_last,
     evaluation_mode,
-    module_at,
     rows,
     run_model,
+    watch_site,
 )
-from lit_merge.correction.sites import Site
+from lit_merge.correction.site import Site
+from lit_merge.correction.wrappers import bare
 from lit_merge.errors import InputError
 
 _PARTS = ("count", "mean", "m2")
@@ -123,6 +123,10 @@ class ChannelStatistics:
         )
         return self
 
+    def to(self, device: torch.device) -> ChannelStatistics:
+        """Return these statistics on a device."""
+        return ChannelStatistics(self.count, self.mean.to(device), self.m2.to(device))
+
     @property
     def num_features(self) -> int:
         """Number of channels C."""
@@ -172,22 +176,21 @@ def gather_statistics(
     statistics: dict[str, ChannelStatistics] = {}
     current_mask: Tensor | None = None
 
-    def measure(site: Site) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            values = rows(channels_last(output, site), current_mask)
+    def measure(site: Site) -> Callable[[Tensor], None]:
+        def see(values: Tensor) -> None:
             statistics.setdefault(site.name, ChannelStatistics.empty(site.num_features))
-            statistics[site.name].update(values)
+            statistics[site.name].update(rows(values, current_mask))
 
-        return hook
+        return see
 
     with ExitStack() as stack:
         stack.enter_context(evaluation_mode(model))
         for site in sites:
-            handle = module_at(model, site.name).register_forward_hook(measure(site))
-            stack.callback(handle.remove)
+            stack.callback(watch_site(model, site, measure(site)).remove)
         for batch in batches:
             current_mask = mask(batch)
-            forward(model, batch)
+            # Not through wrappers: a compiled model ignores new hooks, a parallel one communicates.
+            forward(bare(model), batch)
     if not any(one.count for one in statistics.values()):
         raise InputError(
             f"batches: must run at least one of the {len(sites)} sites; got none that was run. "

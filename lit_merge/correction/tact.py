@@ -20,33 +20,26 @@ Note:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import ExitStack
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from lit_merge.correction.corrections import Corrections
-from lit_merge.correction.forward import (
-    Forward,
-    MaskOf,
-    attention_mask_of,
-    channels_last,
-    evaluation_mode,
-    module_at,
-    rows,
-    run_model,
-)
+from lit_merge.correction.forward import Forward, MaskOf, attention_mask_of, run_model
 from lit_merge.correction.routing import TaskContext
-from lit_merge.correction.sites import Site
+from lit_merge.correction.site import Site
+from lit_merge.correction.site_pass import visit_sites
 from lit_merge.correction.statistics import ChannelStatistics, require_finite
 from lit_merge.errors import InputError
+
+ScaleShift: TypeAlias = tuple[Tensor, Tensor]
 
 
 def match_statistics(
     merged: ChannelStatistics, expert: ChannelStatistics, *, eps: float = 1e-5
-) -> tuple[Tensor, Tensor]:
+) -> ScaleShift:
     """Return the scale and shift that give the merged activations the expert's statistics.
 
     Args:
@@ -71,96 +64,140 @@ def match_statistics(
     return scale, expert.mean.to(variance.device) - scale * merged.mean
 
 
-@torch.no_grad()
 def fit_tact(
     model: nn.Module,
     corrections: Corrections,
     context: TaskContext,
     *,
-    task: int,
-    inputs: Any,
-    expert_statistics: Mapping[str, ChannelStatistics],
+    batches: Mapping[int, Iterable[Any]],
+    expert_statistics: Mapping[int, Mapping[str, ChannelStatistics]],
     forward: Forward = run_model,
     mask: MaskOf = attention_mask_of,
     eps: float = 1e-5,
 ) -> None:
-    """Fit one task's scale and shift at every site, in one forward.
+    """Fit the scale and shift of tasks at every site, in one forward per batch. Collective.
 
-    All calibration examples go through as ONE batch: when a site is reached, everything before it
-    has been corrected on exactly these examples, so its merged statistics are final and it can be
-    corrected at once. Several batches would need a pass per site, or would measure behind
-    corrections that still change. Without gradients only the live activations take memory.
+    All batches go through in step: when a site is reached, everything before it has been corrected
+    on exactly these examples, so its merged statistics are final and it is corrected at once. The
+    numbers are those of one batch of all examples, however these are split over batches and ranks.
 
     Sites that the forward does not run keep what they have, as does everything after an error. The
-    task's numbers are overwritten, those of other tasks are not touched.
+    numbers of the given tasks are overwritten, those of other tasks are not touched.
 
     Args:
         model: The merged network, with the corrections attached; run in evaluation mode.
         corrections: The corrections to fit; every one needs ``set_(task, scale, shift)``, as
             :class:`~lit_merge.correction.rescale.RescaleShift` has.
         context: The one that the corrections and heads of the model use.
-        task: Index of the task.
-        inputs: The task's calibration examples, one batch.
-        expert_statistics: The expert's statistics on the task by site name, best on the same
-            examples.
-        forward: Runs the model on the inputs; its result is not used.
-        mask: Takes the inputs to the mask ``[B, T]`` of the tokens that count, or to None.
+        batches: Batches of each task's calibration examples, by task index; this rank's share.
+        expert_statistics: For each of these tasks its expert's statistics by site name, best on the
+            same examples (all ranks'); the same on every rank.
+        forward: Runs the model on a batch; its result is not used.
+        mask: Takes a batch to the mask ``[B, T]`` of the tokens that count, or to None.
         eps: See :func:`match_statistics`.
 
     Raises:
-        InputError: The corrections are not attached or cannot be set; a site has no expert
-            statistics, ones of another width, runs twice in a forward, or yields NaN; no site ran.
+        InputError: The corrections are not attached or cannot be set; a task is unknown or has no
+            examples; a site has no expert statistics, ones of another width, runs twice in a
+            forward, or yields NaN; no site ran.
+    """
+
+    def fit(site: Site, merged: Mapping[int, ChannelStatistics]) -> dict[int, ScaleShift]:
+        return {
+            task: match_statistics(of_task, expert_at(site, expert_statistics[task]), eps=eps)
+            for task, of_task in merged.items()
+        }
+
+    fit_corrections(
+        model,
+        corrections,
+        context,
+        fit,
+        batches=batches,
+        expert_statistics=expert_statistics,
+        forward=forward,
+        mask=mask,
+    )
+
+
+@torch.no_grad()
+def fit_corrections(
+    model: nn.Module,
+    corrections: Corrections,
+    context: TaskContext,
+    fit: Callable[[Site, Mapping[int, ChannelStatistics]], Mapping[int, ScaleShift]],
+    *,
+    batches: Mapping[int, Iterable[Any]],
+    expert_statistics: Mapping[int, Mapping[str, ChannelStatistics]],
+    forward: Forward = run_model,
+    mask: MaskOf = attention_mask_of,
+) -> None:
+    """Set scales and shifts at every site, in forward order, from the merged model's statistics.
+
+    Args:
+        model: The merged network, with the corrections attached.
+        corrections: The corrections to fit.
+        context: The one that the corrections and heads of the model use.
+        fit: Takes a site and the merged model's statistics there by task to the scale and shift by
+            task, ``[C]`` each.
+        batches: See :func:`fit_tact`.
+        expert_statistics: See :func:`fit_tact`; only looked through for missing tasks.
+        forward: See :func:`fit_tact`.
+        mask: See :func:`fit_tact`.
+
+    Raises:
+        InputError: As :func:`fit_tact`.
     """
     if not corrections.attached or not corrections.enabled:
         raise InputError(
             "corrections: must be attached to the model and enabled; got corrections that are not. "
             "Call corrections.attach(model) first."
         )
-    if not 0 <= task < corrections.num_tasks:
-        raise InputError(
-            f"task: must be the index of one of the {corrections.num_tasks} tasks; got {task}. "
-            "Count from 0."
-        )
+    for task in (*batches, *expert_statistics):
+        if not 0 <= task < corrections.num_tasks:
+            raise InputError(
+                f"task: must be the index of one of the {corrections.num_tasks} tasks; got {task}. "
+                "Count from 0."
+            )
+    for task in batches:
+        if task not in expert_statistics:
+            raise InputError(
+                f"expert_statistics: must have those of every task with batches; got none of task "
+                f"{task}. Gather them from its expert."
+            )
     before = {name: value.clone() for name, value in corrections.state_dict().items()}
-    token_mask = mask(inputs)
-    fitted: set[str] = set()
 
-    def fit(site: Site) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            if site.name in fitted:
-                raise InputError(
-                    f"site {site.name!r}: must run once in a forward; got a second call (a shared "
-                    "layer). Leave it out of the sites: its calls would need different scales."
-                )
-            expert = _expert_of(site, expert_statistics)
-            merged = ChannelStatistics.empty(site.num_features)
-            merged.update(rows(channels_last(output, site), token_mask))
-            require_finite(merged, site=site.name)
-            _settable(corrections.at(site), site)(task, *match_statistics(merged, expert, eps=eps))
-            fitted.add(site.name)
+    def set_site(site: Site, merged: Mapping[int, ChannelStatistics]) -> None:
+        set_task = _settable(corrections.at(site), site)
+        for task, (scale, shift) in fit(site, merged).items():
+            set_task(task, scale, shift)
 
-        return hook
-
-    with ExitStack() as stack:
-        stack.enter_context(evaluation_mode(model))
-        for site in corrections.sites:
-            # Before the correction's own hook, which then applies what has just been set.
-            handle = module_at(model, site.name).register_forward_hook(fit(site), prepend=True)
-            stack.callback(handle.remove)
-        try:
-            with context.using(task):
-                forward(model, inputs)
-            if not fitted:
-                raise InputError(
-                    f"inputs: must run at least one of the {len(corrections.sites)} sites; got "
-                    "none that ran. Check that the corrections are attached to this model."
-                )
-        except Exception:
-            corrections.load_state_dict(before)
-            raise
+    try:
+        ran = visit_sites(
+            model,
+            corrections.sites,
+            batches,
+            set_site,
+            context=context,
+            forward=forward,
+            mask=mask,
+        )
+        if not ran:
+            raise InputError(
+                f"batches: must run at least one of the {len(corrections.sites)} sites; got none "
+                "that ran. Check that the corrections are attached to this model."
+            )
+    except Exception:
+        corrections.load_state_dict(before)
+        raise
 
 
-def _expert_of(site: Site, statistics: Mapping[str, ChannelStatistics]) -> ChannelStatistics:
+def expert_at(site: Site, statistics: Mapping[str, ChannelStatistics]) -> ChannelStatistics:
+    """Return an expert's statistics at a site.
+
+    Raises:
+        InputError: There are none, or none that fit the site.
+    """
     if site.name not in statistics:
         raise InputError(
             f"expert_statistics: must have every site that runs; got none for {site.name!r}. "

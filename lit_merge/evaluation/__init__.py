@@ -17,14 +17,17 @@ from typing import Any, Literal, get_args
 
 from lit_merge.errors import InputError
 
-FORMAT_VERSION = 1
-"""Version of ``evaluation.json`` that is written, and the newest that is read."""
+FORMAT_VERSION = 2
+"""Version of ``evaluation.json`` that is written, and the newest that is read; 1 had no stages."""
 
 Kind = Literal["expert", "base", "control", "merged", "corrected"]
 """What a model is; the table lists the kinds in this order."""
 
 EXPERTS = "experts"
 """Name of the table's line that holds each expert on its own task."""
+
+STAGED: tuple[Kind, ...] = ("merged", "corrected")
+"""The kinds that can be a step of a pipeline."""
 
 _Z95 = 1.959963984540054  # the 97.5% point of the normal distribution
 
@@ -41,6 +44,8 @@ class EvaluationRow:
         num_examples: How many test examples there were, at least 1.
         nll: Mean negative log-likelihood of the true labels in nats; None where there is none, as
             for a control without probabilities.
+        stage: Which step of one pipeline a merged or corrected model is the result of, counted from
+            1; None for a model that is no such step. See :meth:`Evaluation.stages`.
     """
 
     model: str
@@ -49,6 +54,7 @@ class EvaluationRow:
     accuracy: float
     num_examples: int
     nll: float | None = None
+    stage: int | None = None
 
     def __post_init__(self) -> None:
         place = f'row (model "{self.model}", task "{self.task}")'
@@ -69,6 +75,15 @@ class EvaluationRow:
         _require(
             self.nll is None or math.isfinite(self.nll),
             f"{place}: nll must be finite; got {self.nll}. The model gives NaN or infinite logits.",
+        )
+        _require(
+            self.stage is None or self.stage >= 1,
+            f"{place}: stage must count from 1; got {self.stage}.",
+        )
+        _require(
+            self.stage is None or self.kind in STAGED,
+            f"{place}: stage must be left out but for the kinds {' and '.join(STAGED)}; got "
+            f"{self.stage} for kind {self.kind}.",
         )
 
     @property
@@ -145,6 +160,7 @@ class Evaluation:
         seen: set[tuple[str, str]] = set()
         experts: dict[str, str] = {}
         kinds: dict[str, Kind] = {}
+        stages: dict[str, int | None] = {}
         for row in self.rows:
             line = EXPERTS if row.kind == "expert" else row.model
             place = f'row (model "{row.model}", task "{row.task}")'
@@ -156,11 +172,24 @@ class Evaluation:
                 kinds.setdefault(line, row.kind) == row.kind,
                 f'{place}: model "{line}" must be of one kind; got {kinds[line]} and {row.kind}.',
             )
+            _require(
+                stages.setdefault(line, row.stage) == row.stage,
+                f'{place}: model "{line}" must be of one stage; got {stages[line]} and '
+                f"{row.stage}.",
+            )
             if row.kind == "expert":
                 first = experts.setdefault(row.task, row.model)
                 _require(
                     first == row.model,
                     f'task "{row.task}": must have one expert; got "{first}" and "{row.model}".',
+                )
+        models: dict[int, str] = {}
+        for name, stage in stages.items():
+            if stage is not None:
+                _require(
+                    models.setdefault(stage, name) == name,
+                    f"stage {stage}: must be one model; got {models[stage]!r} and {name!r}. Give "
+                    "each step of the pipeline its own number.",
                 )
 
     @property
@@ -192,6 +221,22 @@ class Evaluation:
             self._line(name, kind)
             for name, kind in sorted(names.items(), key=lambda item: order.index(item[1]))
         )
+
+    def stages(self) -> tuple[TableLine, ...]:
+        """Return the steps of one pipeline, from the plain merge to the last correction.
+
+        They are the models with a stage, by its number. Where none has one, and one model alone is
+        merged, they are that one and the corrected models as they appear. Empty when these are
+        fewer than two: of several merges none is known to be the one that was corrected.
+        """
+        lines = [line for line in self.lines() if line.kind in STAGED]
+        numbers = {row.model: row.stage for row in self.rows if row.stage is not None}
+        if numbers:
+            chosen = [line for line in lines if line.model in numbers]
+            chosen.sort(key=lambda line: numbers[line.model])
+        else:
+            chosen = lines if [line.kind for line in lines].count("merged") == 1 else []
+        return tuple(chosen) if len(chosen) > 1 else ()
 
     def _line(self, name: str, kind: Kind) -> TableLine:
         cells = tuple(

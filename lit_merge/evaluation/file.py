@@ -18,6 +18,7 @@ _JSON_TYPES: Mapping[str, tuple[type, ...]] = {
     "str": (str,),
     "Kind": (str,),
     "int": (int,),
+    "int | None": (int, type(None)),
     "float": (int, float),
     "float | None": (int, float, type(None)),
 }
@@ -53,9 +54,9 @@ def read_evaluation(path: str | Path) -> Evaluation:
             f'{sorted(content)[:8]}. Write one with "lit-merge evaluate".'
         )
     version = content["format_version"]
-    if version != FORMAT_VERSION:
+    if type(version) is not int or not 1 <= version <= FORMAT_VERSION:
         raise InputError(
-            f"{path}: format_version must be {FORMAT_VERSION}; got {version!r}. "
+            f"{path}: format_version must be 1 to {FORMAT_VERSION}; got {version!r}. "
             "Evaluate again, or install the lit-merge that wrote it."
         )
     notes, provenance = content.get("notes", []), content.get("provenance", {})

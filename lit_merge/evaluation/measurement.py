@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from typing import Any
@@ -20,6 +21,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 
 from lit_merge.checkpoint import fingerprint
+from lit_merge.correction import Site
+from lit_merge.correction.forward import module_at
 from lit_merge.correction.linear_probe import linear_probe
 from lit_merge.correction.routing import TaskRouter
 from lit_merge.correction.statistics import gather_statistics, variance_by_site
@@ -220,6 +223,7 @@ class _Bench:
                     accuracy=round(share * count) / count,  # the share itself is a float32
                     num_examples=count,
                     nll=float(measured[f"test/{task}/nll"]),
+                    stage=self.entries[name].stage,
                 )
             )
         return rows
@@ -254,22 +258,29 @@ class _Bench:
     def variances(
         self, name: str, module: MergeModule, *, where: str | list[str], examples: int
     ) -> list[VarianceRow]:
-        """Return the variance at every site on the first test examples of every task."""
+        """Return the variance at every site on the first test examples of every task.
+
+        The sites of a task are in the order in which the model calls them, which need not be the
+        order in which its modules were registered.
+        """
         data = self.data(module)
         merged = self._placed(module)
         sites = choose_sites(self.network, where, merged.head_names)
         rows: list[VarianceRow] = []
         for index, task in enumerate(module.tasks):
             batches = data.batches(task, "test", batch_size=min(self.batch_size, examples))
-            statistics = gather_statistics(
-                merged.network,
-                (inputs for inputs, _ in islice(batches, -(-examples // self.batch_size))),
-                sites,
-                forward=self._forward(merged, index),
-            )
+            with _called(merged.network, sites) as called:
+                statistics = gather_statistics(
+                    merged.network,
+                    (inputs for inputs, _ in islice(batches, -(-examples // self.batch_size))),
+                    sites,
+                    forward=self._forward(merged, index),
+                )
+            measured = variance_by_site(statistics)
             rows += [
-                VarianceRow(name, self.kind(name), task, site, value)
-                for site, value in variance_by_site(statistics).items()
+                VarianceRow(name, self.kind(name), task, site, measured[site])
+                for site in called
+                if site in measured
             ]
         return rows
 
@@ -299,6 +310,26 @@ class _Bench:
             return merged(self.trainer.strategy.batch_to_device(inputs), index)
 
         return run
+
+
+@contextmanager
+def _called(network: nn.Module, sites: Sequence[Site]) -> Iterator[list[str]]:
+    """Yield a list that gets the names of the sites in the order of their first calls."""
+    called: list[str] = []
+
+    def note(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if name not in called:
+                called.append(name)
+
+        return hook
+
+    handles = [module_at(network, s.module).register_forward_hook(note(s.name)) for s in sites]
+    try:
+        yield called
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _as_one(described: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import get_args
 
 from lit_merge.errors import InputError
-from lit_merge.evaluation import Kind
+from lit_merge.evaluation import STAGED, Kind
 from lit_merge.merged.folder import CORRECTION, MERGE
 
 
@@ -22,11 +22,14 @@ class ModelEntry:
             and the model's name: a merged or corrected folder, an expert where the name is a task's
             or ``task`` is given, the base otherwise.
         task: The expert's task; None where the model's name is the task's.
+        stage: Of a merged or corrected model: which step of one pipeline it is the result of,
+            counted from 1; see :meth:`lit_merge.evaluation.Evaluation.stages`.
     """
 
     path: str
     kind: Kind | None = None
     task: str | None = None
+    stage: int | None = None
 
 
 def resolve_entries(
@@ -36,7 +39,7 @@ def resolve_entries(
 
     Raises:
         InputError: If there is no model or no task, a path does not exist, a kind is unknown, or
-            the task of an expert is.
+            the task of an expert is; or a stage has two models or one of another kind.
     """
     for parameter, given in (("models", models), ("tasks", tasks)):
         if not given:
@@ -66,7 +69,21 @@ def resolve_entries(
                 f"models.{name}.task: must be one of the tasks, {', '.join(tasks)}; got {task!r}. "
                 "Name the expert after its task, or give its task."
             )
-        resolved[name] = ModelEntry(entry.path, kind, task if kind == "expert" else None)
+        if entry.stage is not None and (entry.stage < 1 or kind not in STAGED):
+            raise InputError(
+                f"models.{name}.stage: must be 1 or more, and of a model of kind "
+                f"{' or '.join(STAGED)}; got {entry.stage} for kind {kind}. Leave it out, or "
+                "correct the kind."
+            )
+        own = task if kind == "expert" else None
+        resolved[name] = ModelEntry(entry.path, kind, own, entry.stage)
+    by_stage: dict[int, str] = {}
+    for name, entry in resolved.items():
+        if entry.stage is not None and by_stage.setdefault(entry.stage, name) != name:
+            raise InputError(
+                f"models.{name}.stage: must be another than that of {by_stage[entry.stage]!r}; got "
+                f"{entry.stage} for both. Give each step of the pipeline its own number."
+            )
     return resolved
 
 

@@ -5,7 +5,8 @@ How it is made and fitted is :class:`~lit_merge.module.MergeModule`'s part.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,10 +16,12 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lit_merge.correction import Site
-from lit_merge.distributed import barrier, rank
+from lit_merge.distributed import barrier, is_dtensor, rank, reshard
 from lit_merge.errors import InputError
+from lit_merge.least_squares.layer_solver import SolvedLayer
 from lit_merge.merged.folder import CorrectionRecord, write_corrected
 from lit_merge.merged.network import CorrectionFactory, MergedNetwork, check_sites, empty_heads
+from lit_merge.sharding import local_part, own_part, whole
 from lit_merge.tasks import MultiTaskDataModule
 from lit_merge.tasks.classification_metrics import classification_metrics, update_metrics
 from lit_merge.tasks.mixed_batches import MergeBatch
@@ -38,6 +41,7 @@ class MergedClassifier(L.LightningModule):
         merged: The network; None until it is set up.
         calibrated: Whether the closed form or a fit has set the corrections (0 or 1); a buffer, so
             that it goes where the corrections go.
+        solved: The layers that least squares have solved, in their order.
     """
 
     calibrated: Tensor
@@ -49,6 +53,7 @@ class MergedClassifier(L.LightningModule):
         self.correction = correction
         self.merged: MergedNetwork | None = None
         self.register_buffer("calibrated", torch.tensor(0))
+        self.solved: tuple[SolvedLayer, ...] = ()
         self.metrics = nn.ModuleDict()
         self._merge_record: Mapping[str, Any] = {}
         self._num_classes: list[int | None] = []
@@ -85,6 +90,8 @@ class MergedClassifier(L.LightningModule):
         sites: Sequence[Site],
         *,
         source: str,
+        surgery_rank: int = 0,
+        coefficients: bool = False,
     ) -> MergedNetwork:
         """Return a network with these heads and sites, whose shared weights are to be loaded.
 
@@ -93,16 +100,51 @@ class MergedClassifier(L.LightningModule):
             heads: The tensors of each task's own, by name in the architecture.
             sites: Where to correct.
             source: Where tasks and sites come from, for messages.
+            surgery_rank: Rank of the representation surgery before the head; 0 for none.
+            coefficients: Whether there is a coefficient per task and layer.
 
         Raises:
             InputError: If they do not fit the architecture.
         """
         check_sites(self.architecture, sites, source=source)
         merged = MergedNetwork(
-            self.architecture, tasks, heads=heads, sites=sites, correction=self.correction
+            self.architecture,
+            tasks,
+            heads=heads,
+            sites=sites,
+            correction=self.correction,
+            surgery_rank=surgery_rank,
+            coefficients=coefficients,
         )
         self._num_classes = list(merged.num_classes())
         return merged
+
+    @contextmanager
+    def whole_network(self) -> Iterator[MergedNetwork]:
+        """Have the network whole on every rank inside the block; afterwards each keeps its part.
+
+        Where nothing is sharded it is the network itself. Collective.
+        """
+        reshard(self.network)
+        own = self.network.state_dict()
+        if not any(is_dtensor(value) for value in own.values()):
+            yield self.network
+            return
+        heads = self.network.head_state()
+        plain = self.build(
+            self.tasks,
+            {task: {n: whole(v) for n, v in tensors.items()} for task, tensors in heads.items()},
+            self.network.sites,
+            source="network",
+            surgery_rank=self.record().surgery_rank,
+        )
+        plain.load_state_dict({name: whole(value) for name, value in own.items()}, strict=False)
+        yield plain.to(self.device)
+        made = plain.state_dict()
+        with torch.no_grad():
+            for name, value in own.items():
+                if name in made:
+                    local_part(value).copy_(own_part(made[name], value))
 
     def forward(self, inputs: Any, task: str | Tensor) -> Tensor:
         """Return the logits of each example from its own task.
@@ -262,8 +304,10 @@ class MergedClassifier(L.LightningModule):
             sites=self.network.sites,
             correction=qualified_name(self.correction),
             calibrated=bool(self.calibrated),
+            surgery_rank=self.network.surgery_rank,
             settings=dict(self.hparams),
             merge=self._merge_record,
+            solved=self.solved,
         )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -288,7 +332,18 @@ class MergedClassifier(L.LightningModule):
         self.require_correction(record.correction, source="checkpoint")
         if self.merged is None:
             heads = empty_heads(self.architecture, state.get("heads", {}))
-            self.merged = self.build(record.tasks, heads, record.sites, source="checkpoint")
+            self.merged = self.build(
+                record.tasks,
+                heads,
+                record.sites,
+                source="checkpoint",
+                surgery_rank=record.surgery_rank,
+            )
+        elif self.network.surgery_rank != record.surgery_rank:
+            raise InputError(
+                f"checkpoint: must be of surgery_rank {self.network.surgery_rank}; got "
+                f"{record.surgery_rank}. Give surgery_rank={record.surgery_rank}."
+            )
         elif (self.tasks, self.network.sites) != (record.tasks, record.sites):
             raise InputError(
                 f"checkpoint: must be of the tasks {', '.join(self.tasks)} and their "
@@ -297,6 +352,7 @@ class MergedClassifier(L.LightningModule):
             )
         self._num_classes = list(record.num_classes)
         self._merge_record = record.merge
+        self.solved = record.solved
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -336,17 +392,29 @@ class MergedClassifier(L.LightningModule):
         Raises:
             InputError: If the folder may not be written.
         """
+        reshard(self.network)
+        # Here, as all ranks have to come together where tensors are sharded.
+        heads = self.network.head_state()
+        whole_heads = {task: _whole(own) for task, own in heads.items()}
+        weights = _whole(self.network.shared_state())
+        corrections = _whole(self.network.corrections.state_dict())
+        surgery = _whole(self.network.final_feature.state_dict())
         if rank() == 0:
             write_corrected(
                 path,
-                weights=self.network.shared_state(),
-                heads=self.network.head_state(),
-                corrections=self.network.corrections.state_dict(),
+                weights=weights,
+                heads=whole_heads,
+                corrections=corrections,
+                surgery=surgery,
                 record=self.record(),
                 replace=replace,
             )
         barrier()
         return Path(path)
+
+
+def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: whole(value) for name, value in tensors.items()}
 
 
 def qualified_name(factory: CorrectionFactory) -> str:

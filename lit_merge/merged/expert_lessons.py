@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -27,8 +29,12 @@ from lit_merge.correction import (
 )
 from lit_merge.errors import InputError
 from lit_merge.expert import open_expert
+from lit_merge.least_squares.prefix_sweep import Teacher
 from lit_merge.merged.distillation import logits_of_all
+from lit_merge.merged.final_feature import only_feature
 from lit_merge.merged.network import MergedNetwork, expert_network
+from lit_merge.merged.targets import Targets
+from lit_merge.tasks import MultiTaskDataModule
 
 
 @dataclass(frozen=True)
@@ -97,31 +103,53 @@ class ExpertLessons:
         self._expert = surroundings.place(alone)
         self._surroundings = surroundings
 
-    def statistics(self, inputs: Any, sites: Sequence[Site]) -> dict[str, ChannelStatistics]:
-        """Return the expert's activation statistics on one batch of inputs.
+    def statistics(
+        self, batches: Iterable[Any], sites: Sequence[Site]
+    ) -> dict[str, ChannelStatistics]:
+        """Return the expert's activation statistics over batches of inputs.
 
         Raises:
             InputError: If an activation is NaN or infinite.
         """
         with self._expert.context.using(0):
             return gather_statistics(
-                self._expert.network, [inputs], sites, forward=self._surroundings.run
+                self._expert.network, batches, sites, forward=self._surroundings.run
             )
 
+    def teacher(self) -> Teacher:
+        """Return the expert as what the layers of a merged model are solved for."""
+        context = self._expert.context
+        return Teacher(self._expert.network, self._surroundings.run, partial(context.using, 0))
+
     def logits(self, batches: Iterable[Any], *, num_classes: int | None) -> Tensor:
-        """Return the expert's logits on all examples, float32 ``[N, C]``.
+        """Return the expert's logits on all examples, float32 ``[N, C]``; see :meth:`answers`."""
+        return self.answers(batches, num_classes=num_classes)[0]
+
+    def answers(
+        self, batches: Iterable[Any], *, num_classes: int | None, features: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the expert's logits and final features on all examples.
 
         Args:
             batches: Inputs, batch after batch, not moved yet.
             num_classes: C, where it is known.
+            features: Whether to return the features.
+
+        Returns:
+            Logits, float32 ``[N, C]``, and features, ``[N, ...]``, in the type that they have; or
+            None.
 
         Raises:
-            InputError: If a logit is NaN or infinite, or there are other than C of them.
+            InputError: If a logit is NaN or infinite, or there are other than C of them; if the
+                head does not run once.
         """
+        read: list[Tensor] = []
 
         def forward(inputs: Any) -> Tensor:
-            with self._surroundings.autocast():
+            with self._surroundings.autocast(), self._expert.final_feature.reading() as seen:
                 logits: Tensor = self._expert(self._surroundings.move(inputs), 0)
+            if features:
+                read.append(only_feature(seen, len(logits)))
             return logits
 
         logits = logits_of_all(forward, batches, task=self.task)
@@ -130,7 +158,47 @@ class ExpertLessons:
                 f"experts: the expert of task {self.task!r} must have {num_classes} classes; got "
                 f"{logits.shape[1]}. Give the expert that was merged."
             )
-        return logits
+        return logits, torch.cat(read) if features else None
+
+
+def ask_experts(
+    lessons: Callable[[str], ExpertLessons],
+    tasks: Sequence[str],
+    data: MultiTaskDataModule,
+    *,
+    num_classes: Sequence[int | None],
+    features: bool,
+    shown: bool,
+) -> Targets:
+    """Return the experts' outputs on all training examples; one expert is there at a time.
+
+    Args:
+        lessons: Loads the expert of a task.
+        tasks: Names of the tasks in the order of their indices.
+        data: The tasks' examples.
+        num_classes: Number of classes of each task; None where it is not known.
+        features: Whether the final features are wanted, too.
+        shown: Whether to draw a bar.
+
+    Raises:
+        InputError: If an expert cannot be read, does not fit, or gives outputs that are not finite.
+    """
+    seen = sum(len(data.examples(task, "train")) for task in tasks)
+    answers = []
+    with lessons_bar(seen, shown=shown) as advance:
+        for task, classes in zip(tasks, num_classes, strict=True):
+            inputs = _inputs(data, task, advance)
+            answers.append(lessons(task).answers(inputs, num_classes=classes, features=features))
+    logits = [own for own, _ in answers]
+    read = [feature for _, feature in answers if feature is not None]
+    return Targets.of(logits, read or None, tasks=tasks)
+
+
+def _inputs(data: MultiTaskDataModule, task: str, advance: Callable[[int], None]) -> Iterator[Any]:
+    """Yield the inputs of all training examples of a task, batch after batch."""
+    for inputs, labels in data.batches(task):
+        yield inputs
+        advance(len(labels))
 
 
 def require_merged_expert(path: str | Path, *, task: str, merge: Mapping[str, Any]) -> None:
@@ -179,14 +247,15 @@ def lessons_bar(num_examples: int, *, shown: bool) -> Iterator[Callable[[int], N
 
 
 def stored_statistics(
-    path: str | Path, sites: Sequence[Site], *, task: str
-) -> dict[str, ChannelStatistics]:
+    path: str | Path, sites: Sequence[Site], *, task: str, required: bool = True
+) -> dict[str, ChannelStatistics] | None:
     """Return an expert's statistics from its folder instead of running it.
 
     Args:
         path: The expert folder.
         sites: The sites of the network; those in the file may carry a prefix ("model.").
         task: The task, for messages.
+        required: Whether they must be there; otherwise None is returned where they are not.
 
     Raises:
         InputError: If the folder has no statistics, or none of one of the sites.
@@ -194,6 +263,8 @@ def stored_statistics(
     expert = open_expert(path)
     try:
         if expert.activations is None:
+            if not required:
+                return None
             raise InputError(
                 f'{path}: must hold activations.safetensors for statistics="stored" (task '
                 f"{task!r}); "
@@ -202,6 +273,8 @@ def stored_statistics(
         wanted = [f"{site.name}.{part}" for site in sites for part in ("count", "mean", "m2")]
         file = aligned(expert.activations, wanted)
         missing = [name for name in wanted if name not in file]
+        if missing and not required:
+            return None
         if missing:
             raise InputError(
                 f"{expert.activations.path}: must hold every corrected site; got none for "

@@ -8,6 +8,8 @@
                              (:mod:`lit_merge.checkpoint.bit_masks`)
 ``merge.json``               how the merge was made: in a merged folder, from ``lit_merge.merge``
 ``corrections.safetensors``  ``<site>.weight`` and so on, with ``/`` for the dots of the site's name
+``surgery.safetensors``      ``surgery.down``, ``surgery.up``: the representation surgery before the
+                             head, where there is one
 ``correction.json``          tasks, classes, sites and origin of the corrections: likewise
 ============================ ======================================================================
 """
@@ -28,6 +30,7 @@ from lit_merge.checkpoint import Checkpoint, is_inside, open_checkpoint, save_te
 from lit_merge.correction import Site
 from lit_merge.errors import InputError
 from lit_merge.expert.info import current_versions
+from lit_merge.least_squares.layer_solver import SolvedLayer
 from lit_merge.merged.recorded_base import open_recorded_base
 from lit_merge.output import new_folder
 
@@ -39,7 +42,10 @@ MASKS = "masks"
 ADAPTER = "adapter_config.json"
 MERGE = "merge.json"
 CORRECTIONS = "corrections.safetensors"
+SURGERY = "surgery.safetensors"
 CORRECTION = "correction.json"
+
+_OF_SOLVED = ("ridge", "before", "after")
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,8 @@ class CorrectionRecord:
         calibrated: Whether the closed form or a fit has set the corrections.
         settings: Options of the fit.
         merge: Contents of the ``merge.json`` of the merge that was corrected.
+        surgery_rank: Rank of the representation surgery before the head; 0 for none.
+        solved: The layers that were solved by least squares, in their order.
     """
 
     tasks: tuple[str, ...]
@@ -63,6 +71,8 @@ class CorrectionRecord:
     calibrated: bool
     settings: Mapping[str, Any] = field(default_factory=dict)
     merge: Mapping[str, Any] = field(default_factory=dict)
+    surgery_rank: int = 0
+    solved: tuple[SolvedLayer, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as JSON primitives."""
@@ -107,6 +117,11 @@ class CorrectionRecord:
                 calibrated=bool(content["calibrated"]),
                 settings=dict(content["settings"]),
                 merge=dict(content["merge"]),
+                surgery_rank=int(content.get("surgery_rank", 0)),
+                solved=tuple(
+                    SolvedLayer(str(one["name"]), *(float(one[k]) for k in _OF_SOLVED))
+                    for one in content.get("solved", ())
+                ),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -134,6 +149,7 @@ class MergedParts:
         corrections: The corrections' tensors; None for a model that is only merged.
         masks: The packed bits of each task's mask; empty unless each task has a model of its own,
             the shared one masked.
+        surgery: The tensors of the representation surgery; None without one.
     """
 
     weights: Checkpoint | Mapping[str, Tensor]
@@ -143,6 +159,7 @@ class MergedParts:
     record: CorrectionRecord | None = None
     corrections: Checkpoint | None = None
     masks: Mapping[str, Checkpoint] = field(default_factory=dict)
+    surgery: Checkpoint | None = None
 
     def require_one_model(self, source: str) -> None:
         """Check that all tasks share their weights.
@@ -207,7 +224,10 @@ def open_merged(path: str | Path, *, base: str | Path | None = None) -> Iterator
         corrections = None
         if record is not None and record.sites:
             corrections = stack.enter_context(open_checkpoint(folder / CORRECTIONS))
-        yield MergedParts(weights, heads, present, merge, record, corrections, masks)
+        surgery = None
+        if record is not None and record.surgery_rank:
+            surgery = stack.enter_context(open_checkpoint(folder / SURGERY))
+        yield MergedParts(weights, heads, present, merge, record, corrections, masks, surgery)
 
 
 def has_masks(path: str | Path) -> bool:
@@ -290,6 +310,7 @@ def write_corrected(
     heads: Mapping[str, Mapping[str, Tensor]],
     corrections: Mapping[str, Tensor],
     record: CorrectionRecord,
+    surgery: Mapping[str, Tensor] | None = None,
     replace: bool = False,
 ) -> Path:
     """Write a corrected folder, whole or not at all.
@@ -300,6 +321,7 @@ def write_corrected(
         heads: The tensors of each task's own.
         corrections: The corrections' tensors by site.
         record: What to say about them.
+        surgery: The tensors of the representation surgery; None or empty without one.
         replace: Whether an existing non-empty folder may be replaced.
 
     Returns:
@@ -316,6 +338,8 @@ def write_corrected(
             save_tensors(folder / HEADS / f"{task}.safetensors", own, {"format": "pt"})
         if corrections:
             save_tensors(folder / CORRECTIONS, corrections, {"format": "pt"})
+        if surgery:
+            save_tensors(folder / SURGERY, surgery, {"format": "pt"})
         text = json.dumps(record.as_dict(), indent=2, ensure_ascii=False)
         (folder / CORRECTION).write_text(text + "\n", encoding="utf-8")
     return Path(path)

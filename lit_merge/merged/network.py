@@ -9,22 +9,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from lit_merge.checkpoint import Checkpoint, aligned, alignment, load_into, open_state_dict
 from lit_merge.correction import Corrections, RescaleShift, Site, TaskContext, find_sites
 from lit_merge.correction.forward import evaluation_mode
 from lit_merge.correction.heads import install_heads
 from lit_merge.correction.routing import TaskRouter
-from lit_merge.correction.sites import channel_layout
+from lit_merge.correction.site import channel_layout, input_layout
 from lit_merge.errors import InputError
 from lit_merge.heads import detect_heads
+from lit_merge.merged.coefficients import LayerCoefficients
+from lit_merge.merged.final_feature import FinalFeature
 from lit_merge.tasks.classification import read_logits
 
 CorrectionFactory = Callable[[int, int], nn.Module]
+
+NEED_NO_RUN = frozenset({"auto", "linear", "norm", "conv", "final"})
+"""Kinds of sites that the modules themselves show."""
 
 
 class MergedNetwork(nn.Module):
@@ -37,10 +44,14 @@ class MergedNetwork(nn.Module):
             share everything.
         sites: Where to correct; ``()`` for nowhere.
         correction: Makes the correction of a site from (number of tasks, number of channels).
+        surgery_rank: Rank of the representation surgery before the head; 0 for none.
+        coefficients: Whether there is a coefficient per task and layer, for its task vector.
 
     Attributes:
         network: The copy, with routers.
         corrections: The corrections, the identity at first.
+        final_feature: What reaches the head.
+        coefficients: The coefficients of the task vectors; None for none.
         tasks: Names of the tasks.
         head_names: Names of the tensors that each task has of its own.
 
@@ -56,6 +67,8 @@ class MergedNetwork(nn.Module):
         heads: Mapping[str, Mapping[str, Tensor]],
         sites: Sequence[Site],
         correction: CorrectionFactory = RescaleShift,
+        surgery_rank: int = 0,
+        coefficients: bool = False,
     ) -> None:
         super().__init__()
         self.tasks = tuple(tasks)
@@ -70,6 +83,15 @@ class MergedNetwork(nn.Module):
             named = self.network.named_modules()
             self._routers = tuple(name for name, m in named if isinstance(m, TaskRouter))
         self._head_layers = tuple(name.rpartition(".")[0] for name in detect_heads(network))
+        # Routers by a user's rule (norms, say) are no heads: what is known as one goes first.
+        heads_first = (*self._head_layers[:1], *self._routers[-1:], None)
+        self.final_feature = FinalFeature(heads_first[0], self.context)
+        self.final_feature.attach(
+            self.network, num_tasks=len(self.tasks), surgery_rank=surgery_rank
+        )
+        self.coefficients = (
+            LayerCoefficients(self.shared_parameters(), len(self.tasks)) if coefficients else None
+        )
         self.corrections = Corrections(sites, len(self.tasks), correction, context=self.context)
         self.corrections.attach(self.network)
 
@@ -77,6 +99,12 @@ class MergedNetwork(nn.Module):
     def sites(self) -> tuple[Site, ...]:
         """The places that are corrected."""
         return self.corrections.sites
+
+    @property
+    def surgery_rank(self) -> int:
+        """Rank of the representation surgery before the head; 0 for none."""
+        surgery = self.final_feature.surgery
+        return 0 if surgery is None else surgery.down.shape[1]
 
     def forward(self, inputs: Any, task: Tensor | int) -> Tensor:
         """Return the logits of every example from its own task's head and corrections.
@@ -90,8 +118,28 @@ class MergedNetwork(nn.Module):
         Returns:
             ``[B, widest head]``, −inf beyond a task's own classes.
         """
-        with evaluation_mode(self.network), self.context.using(task):
+        # Looking through all modules would take longer than a small layer.
+        trains = self.training or self.network.training
+        mode = evaluation_mode(self.network) if trains else nullcontext()
+        with mode, self.context.using(task), self.corrections.overwriting():
+            if self.coefficients is not None and self.coefficients.active:
+                moved = self.coefficients.moved(self.shared_parameters())
+                logits: Tensor = functional_call(
+                    _Logits(self.network), {f"network.{n}": v for n, v in moved.items()}, (inputs,)
+                )
+                return logits
             return read_logits(self.network, inputs)
+
+    def shared_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters that all tasks share, by name in the original network."""
+        inside = tuple(f"{name}." for name in self._routers)
+        return {n: p for n, p in self.network.named_parameters() if not n.startswith(inside)}
+
+    def head_parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters of the heads, each task's or the shared one's, by name."""
+        layers = self._routers or self._head_layers
+        inside = tuple(f"{name}." for name in layers)
+        return {n: p for n, p in self.network.named_parameters() if n.startswith(inside)}
 
     def num_classes(self) -> tuple[int | None, ...]:
         """Return the width of each task's head; None where it cannot be told."""
@@ -122,11 +170,23 @@ class MergedNetwork(nn.Module):
         """
         load_into(self.corrections, tensors)
 
+    def load_surgery(self, tensors: Checkpoint | Mapping[str, Tensor]) -> None:
+        """Load the representation surgery.
+
+        Raises:
+            InputError: If names or shapes do not fit.
+        """
+        load_into(self.final_feature, tensors)
+
     def shared_state(self) -> dict[str, Tensor]:
         """Return the tensors that all tasks share, by name in the original network."""
         inside = tuple(f"{name}." for name in self._routers)
         state = self.network.state_dict()
-        return {name: value for name, value in state.items() if not name.startswith(inside)}
+        shared = {name: value for name, value in state.items() if not name.startswith(inside)}
+        if self.coefficients is not None and self.coefficients.active:
+            with torch.no_grad():
+                shared |= self.coefficients.moved(self.shared_parameters())
+        return shared
 
     def head_state(self) -> dict[str, dict[str, Tensor]]:
         """Return each task's own tensors by name in the original network."""
@@ -138,6 +198,17 @@ class MergedNetwork(nn.Module):
                 for name, value in head.state_dict().items():
                     state[task][f"{router}.{name}"] = value
         return {task: own for task, own in state.items() if own}
+
+
+class _Logits(nn.Module):
+    """A network whose output is its logits: functional_call wants a module."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, inputs: Any) -> Tensor:
+        return read_logits(self.network, inputs)
 
 
 def _width(layer: nn.Module) -> int | None:
@@ -182,10 +253,22 @@ def own_tensors(weights: Checkpoint, names: Sequence[str], *, task: str) -> dict
 
 
 def choose_sites(
-    network: nn.Module, where: str | Sequence[str], head_names: Sequence[str]
+    network: nn.Module,
+    where: str | Sequence[str],
+    head_names: Sequence[str],
+    *,
+    example_inputs: Any = None,
 ) -> tuple[Site, ...]:
-    """Return the sites to correct: those of ``where`` outside of heads and per-task layers."""
-    return find_sites(network, where=where, exclude=(*detect_heads(network), *head_names))
+    """Return the sites to correct: those of ``where`` outside of heads and per-task layers.
+
+    Args:
+        network: The architecture.
+        where: A kind of site or a pattern, or several of these.
+        head_names: Names of the tensors that each task has of its own.
+        example_inputs: Two or more examples, for the kinds that a run alone shows.
+    """
+    exclude = (*detect_heads(network), *head_names)
+    return find_sites(network, where=where, exclude=exclude, example_inputs=example_inputs)
 
 
 def check_sites(network: nn.Module, sites: Sequence[Site], *, source: str) -> None:
@@ -195,8 +278,14 @@ def check_sites(network: nn.Module, sites: Sequence[Site], *, source: str) -> No
         InputError: If the network has no such layer, or one of other channels.
     """
     modules = dict(network.named_modules())
+    layouts = {name: channel_layout(module) for name, module in modules.items()}
+    widths = {layout[0] for layout in layouts.values() if layout}
     for site in sites:
-        layout = channel_layout(modules[site.name]) if site.name in modules else None
+        layout = layouts.get(site.module)
+        if site.before and site.module in modules:
+            layout = input_layout(modules[site.module])
+        if layout is None and site.module in modules and site.num_features in widths:
+            continue  # a block, say, does not tell its channels
         if layout != (site.num_features, site.channel_dim):
             got = "no such layer" if layout is None else f"{layout[0]} on axis {layout[1]}"
             raise InputError(

@@ -55,3 +55,33 @@ def open_recorded_base(
         yield expert.weights
     finally:
         expert.close()
+
+
+@contextmanager
+def open_base(
+    merge: Mapping[str, Any], base: str | Path | None, *, source: str | Path | None
+) -> Iterator[Checkpoint]:
+    """Open the base of a merged folder, or of a merge in memory.
+
+    Args:
+        merge: Contents of ``merge.json``.
+        base: The base of the merge in memory.
+        source: The merged folder; None for a merge in memory.
+
+    Raises:
+        InputError: If there is none, or not the recorded one.
+    """
+    if source is not None:
+        with open_recorded_base(merge, source=source) as weights:
+            yield weights
+        return
+    if base is None:
+        raise InputError(
+            'base: must be given for coefficients: "layer", which go along task vectors; got none. '
+            "Give the model that the experts were fine-tuned from."
+        )
+    expert = open_expert(base)
+    try:
+        yield expert.weights
+    finally:
+        expert.close()

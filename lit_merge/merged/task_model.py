@@ -8,7 +8,7 @@ shared ones, whatever their shapes. All of it is computed as it is read, chunk b
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,14 +47,7 @@ class TaskModels:
         Raises:
             InputError: There is none; names those that are near.
         """
-        tasks = self.parts.tasks
-        if task not in tasks:
-            near = difflib.get_close_matches(str(task), tasks, n=1)
-            fix = f'Did you mean "{near[0]}"?' if near else "Name one of them."
-            raise InputError(
-                f"task: must be one of {', '.join(tasks)}, which {self.path} has; got {task!r}. "
-                f"{fix}"
-            )
+        require_task(task, self.parts.tasks, path=self.path)
 
     def model(self, task: str, *, dtype: torch.dtype | None = None) -> TaskModel:
         """Return one task's model; it is valid as long as the folder is open.
@@ -75,6 +68,25 @@ class TaskModels:
             return None
         assert isinstance(self.parts.weights, Checkpoint), "opened from a folder"
         return share_of_ones(self.parts.masks[task], self.parts.weights.infos)
+
+
+def require_task(task: str, tasks: Sequence[str], *, path: str | Path) -> None:
+    """Check that a folder has a task.
+
+    Args:
+        task: The task.
+        tasks: Those that there are.
+        path: The folder, for the message.
+
+    Raises:
+        InputError: There is none; names those that are near.
+    """
+    if task not in tasks:
+        near = difflib.get_close_matches(str(task), tasks, n=1)
+        fix = f'Did you mean "{near[0]}"?' if near else "Name one of them."
+        raise InputError(
+            f"task: must be one of {', '.join(tasks)}, which {path} has; got {task!r}. {fix}"
+        )
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The report: one HTML page from an evaluation and the records of the merges it is about.
+"""The report: one HTML page from an evaluation and the records of what it is about.
 
 Everything is in the one file (style, figures as SVG, numbers), nothing is fetched, and every name
 is escaped: names of tasks and tensors come from other people's files. This module prepares what
@@ -8,19 +8,31 @@ is escaped: names of tasks and tensors come from other people's files. This modu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 import lit_merge
-from lit_merge.evaluation import EXPERTS, Evaluation, EvaluationRow, TableLine
+from lit_merge.evaluation import EXPERTS, Evaluation, TableLine
 from lit_merge.merge_record import MergeRecord
-from lit_merge.report.plots import accuracy_panels, variance_panels, variance_series
-from lit_merge.terminal import MISSING, accuracy_text, percent
+from lit_merge.report.accuracy_plots import accuracy_panels
+from lit_merge.report.alignment_record import AlignmentRecord
+from lit_merge.report.drawing import Panel
+from lit_merge.report.scale_plots import scale_panels
+from lit_merge.report.scales import CorrectionScales
+from lit_merge.report.stage_plots import controls_of, stage_panels, step_names
+from lit_merge.report.tables import (
+    accuracy_table,
+    alignment_section,
+    as_yaml,
+    counted,
+    merge_section,
+    scale_table,
+    variance_tables,
+)
+from lit_merge.report.variance_plots import variance_legend, variance_lines, variance_panels
+from lit_merge.terminal import percent
 
 DEFAULT_TITLE = "lit-merge report"
 
@@ -30,6 +42,8 @@ def write_report(
     evaluation: Evaluation | None = None,
     *,
     merges: Sequence[MergeRecord] = (),
+    corrections: Sequence[CorrectionScales] = (),
+    alignments: Sequence[AlignmentRecord] = (),
     title: str = DEFAULT_TITLE,
     replace: bool = False,
 ) -> Path:
@@ -37,8 +51,12 @@ def write_report(
 
     Args:
         path: The HTML file to write.
-        evaluation: What was measured; None for a report of merges only.
+        evaluation: What was measured; None for a report without measurements.
         merges: Records of merges, as :func:`lit_merge.merge_record.read_merge_record` gives them.
+        corrections: Scales of corrected folders, as :func:`lit_merge.report.scales.read_scales`
+            gives them.
+        alignments: Records of alignments, as
+            :func:`lit_merge.report.alignment_record.read_alignment` gives them.
         title: The page's title.
         replace: Whether an existing file may be replaced.
 
@@ -47,7 +65,9 @@ def write_report(
     """
     from lit_merge.output import new_file
 
-    page = render_report(evaluation, merges=merges, title=title)
+    page = render_report(
+        evaluation, merges=merges, corrections=corrections, alignments=alignments, title=title
+    )
     with new_file(path, replace=replace) as partial:
         partial.write_text(page, encoding="utf-8")
     return Path(path)
@@ -57,11 +77,12 @@ def render_report(
     evaluation: Evaluation | None = None,
     *,
     merges: Sequence[MergeRecord] = (),
+    corrections: Sequence[CorrectionScales] = (),
+    alignments: Sequence[AlignmentRecord] = (),
     title: str = DEFAULT_TITLE,
 ) -> str:
     """Return the page as text; see :func:`write_report`."""
     from jinja2 import Environment, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -70,39 +91,83 @@ def render_report(
         resources.files("lit_merge.report").joinpath("report.html").read_text(encoding="utf-8")
     )
     evaluation = evaluation or Evaluation(())
-    # Our own SVG is markup; the names in it were escaped when it was drawn.
-    panels = {
-        name: [
-            {"title": p.title, "description": p.description, "svg": Markup(p.svg)} for p in drawn
-        ]
-        for name, drawn in (
-            ("accuracy_panels", accuracy_panels(evaluation)),
-            ("variance_panels", variance_panels(evaluation)),
-        )
-    }
+    lines = variance_lines(evaluation)
     return template.render(
         title=title,
-        subtitle=_subtitle(evaluation, merges),
+        subtitle=_subtitle(evaluation, merges, corrections),
         facts=_facts(evaluation),
         notes=list(evaluation.notes),
-        table=_table(evaluation) if evaluation.rows else None,
-        variance_series=variance_series(evaluation),
-        variance_tables=_variance_tables(evaluation),
-        merges=[_merge(record) for record in merges],
+        table=accuracy_table(evaluation) if evaluation.rows else None,
+        stages=_stages(evaluation),
+        accuracy_panels=_shown(accuracy_panels(evaluation)),
+        variance_panels=_shown(variance_panels(evaluation)),
+        variance_keys=[
+            {"label": label, "svg": _markup(line.key(f"variance-key-{index}"))}
+            for index, (label, line) in enumerate(variance_legend(lines))
+        ],
+        variance_tables=variance_tables(evaluation, list(lines)),
+        corrections=[
+            _correction(one, evaluation, name=f"correction-{index}")
+            for index, one in enumerate(corrections)
+        ],
+        alignments=[alignment_section(record) for record in alignments],
+        merges=[merge_section(record) for record in merges],
         provenance=_provenance(evaluation),
         version=lit_merge.__version__,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        **panels,
     )
 
 
-def _subtitle(evaluation: Evaluation, merges: Sequence[MergeRecord]) -> str:
+def _stages(evaluation: Evaluation) -> dict[str, Any] | None:
+    panels = stage_panels(evaluation)
+    if not panels:
+        return None
+    models = [line.model for line in evaluation.stages()]
+    return {
+        "panels": _shown(panels),
+        "steps": ", ".join(step_names(models)),
+        "controls": [
+            {"letter": control.letter, "model": control.model, "mean": percent(control.mean)}
+            for control in controls_of(evaluation)
+        ],
+    }
+
+
+def _correction(
+    corrections: CorrectionScales, evaluation: Evaluation, *, name: str
+) -> dict[str, Any]:
+    return {
+        "name": corrections.name,
+        "sentence": f"{counted(len(corrections.sites), 'site')}, "
+        f"{counted(len(corrections.tasks), 'task')}: {', '.join(corrections.tasks)}.",
+        "panels": _shown(scale_panels(corrections, evaluation, name=name)),
+        "lines": scale_table(corrections, evaluation),
+        "settings": as_yaml(dict(corrections.settings)) if corrections.settings else "",
+    }
+
+
+def _shown(panels: Sequence[Panel]) -> list[dict[str, Any]]:
+    return [{"title": p.title, "description": p.description, "svg": _markup(p.svg)} for p in panels]
+
+
+def _markup(svg: str) -> str:
+    """Mark our own SVG as markup; the names in it were escaped when it was drawn."""
+    from markupsafe import Markup
+
+    return Markup(svg)
+
+
+def _subtitle(
+    evaluation: Evaluation, merges: Sequence[MergeRecord], corrections: Sequence[CorrectionScales]
+) -> str:
     parts = []
     if evaluation.rows:
-        parts.append(_counted(len(evaluation.lines()), "model"))
-        parts.append(f"{_counted(len(evaluation.tasks), 'task')}: {', '.join(evaluation.tasks)}")
+        parts.append(counted(len(evaluation.lines()), "model"))
+        parts.append(f"{counted(len(evaluation.tasks), 'task')}: {', '.join(evaluation.tasks)}")
     if merges:
-        parts.append(_counted(len(merges), "merge"))
+        parts.append(counted(len(merges), "merge"))
+    if corrections:
+        parts.append(counted(len(corrections), "correction"))
     return " · ".join(parts)
 
 
@@ -126,141 +191,12 @@ def _facts(evaluation: Evaluation) -> list[str]:
     return facts
 
 
-@dataclass(frozen=True)
-class _Best:
-    """The highest shares among the models that a merge competes with."""
-
-    by_task: tuple[float, ...]
-    normalised: float
-
-    @classmethod
-    def of(cls, lines: Sequence[TableLine], num_tasks: int) -> _Best:
-        rivals = [line for line in lines if line.kind in {"merged", "corrected"}]
-        return cls(
-            by_task=tuple(
-                max((c.accuracy for line in rivals if (c := line.cells[task])), default=2.0)
-                for task in range(num_tasks)
-            ),
-            normalised=max((line.normalised or 0.0 for line in rivals), default=2.0),
-        )
-
-
-def _table(evaluation: Evaluation) -> dict[str, Any]:
-    lines = evaluation.lines()
-    best = _Best.of(lines, len(evaluation.tasks))
-    rows: list[dict[str, Any]] = []
-    for index, line in enumerate(lines):
-        rival = line.kind in {"merged", "corrected"}
-        rows.append(
-            {
-                "model": line.model,
-                "kind": line.kind,
-                "new_kind": index > 0 and lines[index - 1].kind != line.kind,
-                "accuracy": percent(line.accuracy),
-                "normalised": percent(line.normalised),
-                "nll": MISSING if line.nll is None else f"{line.nll:.3f}",
-                "best_normalised": rival and line.normalised == best.normalised,
-                "cells": [
-                    {
-                        "accuracy": accuracy_text(cell),
-                        "interval": _interval(cell),
-                        "best": rival and cell is not None and cell.accuracy == top,
-                    }
-                    for cell, top in zip(line.cells, best.by_task, strict=True)
-                ],
-            }
-        )
-    sizes = {
-        task: sorted({row.num_examples for row in evaluation.rows if row.task == task})
-        for task in evaluation.tasks
-    }
-    return {
-        "tasks": [
-            {"name": task, "sizes": " / ".join(map(str, counts))} for task, counts in sizes.items()
-        ],
-        "lines": rows,
-    }
-
-
-def _interval(row: EvaluationRow | None) -> str:
-    if row is None:
-        return ""
-    low, high = row.interval
-    return f"{100 * low:.1f}–{100 * high:.1f}"
-
-
-def _variance_tables(evaluation: Evaluation) -> list[dict[str, Any]]:
-    tables: list[dict[str, Any]] = []
-    models = [series.model for series in variance_series(evaluation)]
-    for task in dict.fromkeys(row.task for row in evaluation.variances):
-        sites: dict[str, dict[str, float]] = {}
-        for row in evaluation.variances:
-            if row.task == task:
-                model = EXPERTS if row.kind == "expert" else row.model
-                sites.setdefault(row.site, {})[model] = row.variance
-        tables.append(
-            {
-                "task": task,
-                "models": models,
-                "sites": [
-                    {
-                        "name": site,
-                        "numbers": [f"{values[m]:.3g}" if m in values else MISSING for m in models],
-                    }
-                    for site, values in sites.items()
-                ],
-            }
-        )
-    return tables
-
-
-def _merge(record: MergeRecord) -> dict[str, Any]:
-    largest = max(record.traces.values(), default=0.0)
-    return {
-        "name": record.name,
-        "sentence": f"{_counted(len(record.tasks), 'expert')} ({', '.join(record.tasks)}) "
-        f"merged by {record.method}.",
-        "warnings": [*record.warnings, *record.notes],
-        "traces": [
-            {
-                "task": task,
-                "value": f"{trace:.4g}",
-                "share": percent(trace / largest) + " %" if largest > 0 else MISSING,
-            }
-            for task, trace in record.traces.items()
-        ],
-        "actions": [
-            {"name": name, "tensors": f"{tensors:,}", "elements": f"{elements:,}"}
-            for name, (tensors, elements) in record.actions().items()
-        ],
-        "record": [
-            {
-                "name": tensor.name,
-                "action": tensor.action,
-                "shape": " × ".join(map(str, tensor.shape)) or "scalar",
-                "dtype": tensor.dtype,
-                "reason": tensor.reason,
-            }
-            for tensor in record.tensors
-        ],
-        "provenance": _yaml(record.provenance),
-    }
-
-
 def _provenance(evaluation: Evaluation) -> list[dict[str, Any]]:
     return [
         {
             "title": key.replace("_", " "),
-            "text": value if isinstance(value, str) else _yaml(value),
+            "text": value if isinstance(value, str) else as_yaml(value),
             "open": key in {"command", "run", "versions"},
         }
         for key, value in evaluation.provenance.items()
     ]
-
-
-def _yaml(value: Any) -> str:
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100).strip()
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -6,7 +6,7 @@ modules, and the ready classification modules.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import lightning as L
@@ -257,6 +257,15 @@ class MultiTaskDataModule(_TaskLoaders):
             pin_memory=pin_memory,
         )
         self.seed = seed
+        self._held_out: dict[str, frozenset[int]] = {}
+
+    def hold_out(self, places: Mapping[str, Collection[int]]) -> None:
+        """Leave examples out of calibration, and of training from the next loader on.
+
+        Args:
+            places: Places in the training examples by task; a task without any keeps all.
+        """
+        self._held_out = {task: frozenset(held) for task, held in places.items()}
 
     @property
     def tasks(self) -> Mapping[str, Task]:
@@ -284,7 +293,12 @@ class MultiTaskDataModule(_TaskLoaders):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return mixed batches of all tasks' training examples."""
         dataset = MixedTasks(
-            [(i, self.examples(name, "train")) for i, name in enumerate(self._tasks)]
+            [(i, self.examples(name, "train")) for i, name in enumerate(self._tasks)],
+            without={
+                i: self._held_out[name]
+                for i, name in enumerate(self._tasks)
+                if name in self._held_out
+            },
         )
         sampler = MixedTaskSampler(
             dataset, batch_size=self.batch_size, seed=self.seed, **self._ranks()
@@ -320,10 +334,47 @@ class MultiTaskDataModule(_TaskLoaders):
             InputError: If there is no such task, or it has no training examples.
         """
         examples = self.examples(task, "train")
+        chosen = self._calibration_places(task, num_examples, seed)
+        return self._tasks[task].collate([examples[i] for i in chosen])
+
+    def calibration_batches(
+        self,
+        task: str,
+        *,
+        num_examples: int = 256,
+        seed: int = 0,
+        batch_size: int | None = None,
+        share: bool = True,
+    ) -> list[Inputs]:
+        """Return the inputs of the same examples in batches.
+
+        Args:
+            task: Name of the task.
+            num_examples: How many; all where the task has fewer.
+            seed: Seed of the choice.
+            batch_size: Examples per batch; None for one batch.
+            share: Whether this rank gets its share alone (maybe nothing), or all of them.
+
+        Raises:
+            InputError: If there is no such task, or it has no training examples.
+        """
+        examples = self.examples(task, "train")
+        chosen = self._calibration_places(task, num_examples, seed)
+        if share:
+            ranks = self._ranks()
+            chosen = chosen[ranks["rank"] :: ranks["num_replicas"]]
+        size = batch_size or max(1, len(chosen))
+        return [
+            self._tasks[task].collate([examples[i] for i in chosen[start : start + size]])[0]
+            for start in range(0, len(chosen), size)
+        ]
+
+    def _calibration_places(self, task: str, num_examples: int, seed: int) -> list[int]:
         if num_examples < 1:
             raise InputError(f"num_examples: must be at least 1; got {num_examples}. 64 is enough.")
-        order = np.random.default_rng(seed).permutation(len(examples))[:num_examples]
-        return self._tasks[task].collate([examples[i] for i in sorted(order.tolist())])
+        order = np.random.default_rng(seed).permutation(len(self.examples(task, "train"))).tolist()
+        held_out = self._held_out.get(task, frozenset())
+        return sorted([place for place in order if place not in held_out][:num_examples])
 
     def batches(
         self, task: str, split: Split = "train", *, batch_size: int | None = None

@@ -10,7 +10,7 @@ not valid, which must not count in a loss or a metric.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -55,11 +55,21 @@ class MixedTasks(Dataset[MixedExample]):
 
     Args:
         parts: Task index and examples of each task.
+        without: Places of the examples to leave out, by task index.
     """
 
-    def __init__(self, parts: Sequence[tuple[int, Examples]]) -> None:
+    def __init__(
+        self,
+        parts: Sequence[tuple[int, Examples]],
+        *,
+        without: Mapping[int, Collection[int]] | None = None,
+    ) -> None:
         self.parts = tuple(parts)
-        self.lengths = tuple(len(examples) for _, examples in self.parts)
+        self._places = []
+        for task, examples in self.parts:
+            left_out = [*(without or {}).get(task, ())]
+            self._places.append(np.delete(np.arange(len(examples)), left_out))
+        self.lengths = tuple(map(len, self._places))
         self.offsets = np.cumsum([0, *self.lengths])
 
     def __len__(self) -> int:
@@ -70,7 +80,7 @@ class MixedTasks(Dataset[MixedExample]):
         flat = index if valid else ~index
         part = int(np.searchsorted(self.offsets, flat, side="right")) - 1
         task, examples = self.parts[part]
-        place = flat - int(self.offsets[part])
+        place = int(self._places[part][flat - int(self.offsets[part])])
         return MixedExample(examples[place], task, valid, place)
 
 

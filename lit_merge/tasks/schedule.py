@@ -13,7 +13,11 @@ from lit_merge.errors import InputError
 
 
 def with_cosine(
-    module: L.LightningModule, optimizer: torch.optim.Optimizer, *, warmup: float = 0.0
+    module: L.LightningModule,
+    optimizer: torch.optim.Optimizer,
+    *,
+    warmup: float = 0.0,
+    first_steps: int = 0,
 ) -> OptimizerLRScheduler:
     """Return the optimizer with a linear warm-up and a cosine to zero at the last step of the fit.
 
@@ -21,11 +25,18 @@ def with_cosine(
         module: The module that is fitted; its trainer knows the number of steps.
         optimizer: The optimizer.
         warmup: Share of the steps in which the learning rate rises.
+        first_steps: Number of steps over which it rises as well, for Adam's second moment to settle
+            in a fit that begins near its goal.
     """
     # The number of steps is asked for after the first step only: asking builds the data loader, and
     # one that is built here, before a resumed fit has its progress back, begins at the epoch's
     # start.
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _cosine(lambda: _steps(module), warmup))
+    cosine = _cosine(lambda: _steps(module), warmup)
+
+    def factor(step: int) -> float:
+        return cosine(step) * min(1.0, (step + 1) / (first_steps + 1))
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

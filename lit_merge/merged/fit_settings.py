@@ -1,0 +1,106 @@
+"""The options of the learned fit, checked together."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lit_merge.errors import InputError
+
+Teacher = Literal["experts", "labels"]
+Trainable = Literal["scale_shift", "all"]
+HeadFit = Literal["fixed", "refit"]
+CoefficientFit = Literal["none", "layer"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitSettings:
+    """What is learned, from whom, and for how long at most.
+
+    Attributes:
+        teacher: What the fit learns from: the "experts"' outputs, or the "labels".
+        trainable: "scale_shift" for the corrections alone, "all" for the shared weights too.
+        heads: Whether the heads are trained as well ("refit") or stay as they are ("fixed").
+        coefficients: "layer" learns how far each layer goes along each task vector.
+        surgery_rank: Rank of the representation surgery before the head; 0 for none.
+        temperature: Softens the experts' logits; 1 takes them as they are.
+        feature_weight: Weight of the distance to the expert's final feature; 0 for none.
+        lr: Largest learning rate of corrections, surgery and coefficients.
+        weights_lr: Largest learning rate of shared weights and heads.
+        elastic: Strength of the pull to the merged weights, in units of the loss per squared
+            change of a weight of average precision; 0 for none.
+        holdout: Share of each task's training examples that is held out, in [0, 1).
+        holdout_every: Optimizer steps between two measurements on the held-out part.
+        patience: Stop after so many measurements in a row without a new best; 0 for never.
+
+    Raises:
+        InputError: If an option is out of range, or needs another one.
+    """
+
+    teacher: Teacher = "experts"
+    trainable: Trainable = "scale_shift"
+    heads: HeadFit = "fixed"
+    coefficients: CoefficientFit = "none"
+    surgery_rank: int = 0
+    temperature: float = 2.0
+    feature_weight: float = 0.0
+    lr: float = 1e-2
+    weights_lr: float = 3e-3
+    elastic: float = 0.0
+    holdout: float = 0.1
+    holdout_every: int = 25
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the options."""
+        for name, value, known in (
+            ("teacher", self.teacher, get_args(Teacher)),
+            ("trainable", self.trainable, get_args(Trainable)),
+            ("heads", self.heads, get_args(HeadFit)),
+            ("coefficients", self.coefficients, get_args(CoefficientFit)),
+        ):
+            if value not in known:
+                raise InputError(
+                    f"{name}: must be one of {', '.join(known)}; got {value!r}. Choose one."
+                )
+        for name in ("temperature", "lr", "weights_lr"):
+            number = getattr(self, name)
+            if not (number > 0 and math.isfinite(number)):
+                raise InputError(
+                    f"{name}: must be positive and finite; got {number}. Leave the default."
+                )
+        for name in ("feature_weight", "elastic"):
+            number = getattr(self, name)
+            if not (number >= 0 and math.isfinite(number)):
+                raise InputError(
+                    f"{name}: must be at least 0 and finite; got {number}. 0 leaves it out."
+                )
+        for name, least in (("surgery_rank", 0), ("patience", 0), ("holdout_every", 1)):
+            if getattr(self, name) < least:
+                raise InputError(
+                    f"{name}: must be at least {least}; got {getattr(self, name)}. Leave the "
+                    "default."
+                )
+        if not 0 <= self.holdout < 1:
+            raise InputError(
+                f"holdout: must be a share in [0, 1); got {self.holdout}. 0 holds nothing out."
+            )
+        self._check_pairs()
+
+    def _check_pairs(self) -> None:
+        if self.elastic and self.trainable != "all":
+            raise InputError(
+                'elastic: must go with trainable: "all", as it holds the shared weights; got '
+                f'{self.elastic} with "{self.trainable}". Set one of the two.'
+            )
+        if self.patience and not self.holdout:
+            raise InputError(
+                f"patience: must go with a held-out part; got {self.patience} with holdout 0. Set "
+                "holdout to 0.1."
+            )
+        if self.feature_weight and self.teacher == "labels":
+            raise InputError(
+                'feature_weight: must go with teacher: "experts", whose features they are; got '
+                f'{self.feature_weight} with "labels". Set it to 0.'
+            )
