@@ -61,7 +61,7 @@ from lit_merge.merged.in_memory import merge_parts
 from lit_merge.merged.learned import LearnedClassifier
 from lit_merge.merged.network import NEED_NO_RUN, CorrectionFactory, choose_sites, heads_in
 from lit_merge.merged.recorded_base import open_base
-from lit_merge.merged.sharded import shard
+from lit_merge.merged.sharded import shard, whole_network
 from lit_merge.methods import GradientMatching, MergeMethod
 from lit_merge.parameters import ParametersPolicy
 from lit_merge.tasks import MultiTaskDataModule
@@ -348,7 +348,7 @@ class MergeModule(LearnedClassifier):
     def _calibrate(self, data: MultiTaskDataModule) -> None:
         """Set weights and corrections in closed form."""
         bar = solving_bar(shown=self._shows_progress)
-        with bar as advance, self.whole_network() as network:
+        with bar as advance, whole_network(self.network, self.blank_network) as network:
             sources = Sources(
                 expert=self._expert,
                 stored=self._stored,

@@ -5,8 +5,7 @@ How it is made and fitted is :class:`~lit_merge.module.MergeModule`'s part.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,12 +15,18 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lit_merge.correction import Site
-from lit_merge.distributed import barrier, is_dtensor, rank, reshard
+from lit_merge.distributed import barrier, rank, reshard
 from lit_merge.errors import InputError
 from lit_merge.least_squares.layer_solver import SolvedLayer
 from lit_merge.merged.folder import CorrectionRecord, write_corrected
-from lit_merge.merged.network import CorrectionFactory, MergedNetwork, check_sites, empty_heads
-from lit_merge.sharding import local_part, own_part, whole
+from lit_merge.merged.network import (
+    CorrectionFactory,
+    MergedNetwork,
+    check_sites,
+    empty_heads,
+    qualified_name,
+)
+from lit_merge.sharding import whole
 from lit_merge.tasks import MultiTaskDataModule
 from lit_merge.tasks.classification_metrics import classification_metrics, update_metrics
 from lit_merge.tasks.mixed_batches import MergeBatch
@@ -119,32 +124,14 @@ class MergedClassifier(L.LightningModule):
         self._num_classes = list(merged.num_classes())
         return merged
 
-    @contextmanager
-    def whole_network(self) -> Iterator[MergedNetwork]:
-        """Have the network whole on every rank inside the block; afterwards each keeps its part.
-
-        Where nothing is sharded it is the network itself. Collective.
-        """
-        reshard(self.network)
-        own = self.network.state_dict()
-        if not any(is_dtensor(value) for value in own.values()):
-            yield self.network
-            return
-        heads = self.network.head_state()
-        plain = self.build(
-            self.tasks,
-            {task: {n: whole(v) for n, v in tensors.items()} for task, tensors in heads.items()},
-            self.network.sites,
-            source="network",
-            surgery_rank=self.record().surgery_rank,
+    def blank_network(self) -> MergedNetwork:
+        """Return a network like this one, whose tensors do not matter."""
+        state = self.network.head_state()
+        shapes = {task: {n: list(v.shape) for n, v in own.items()} for task, own in state.items()}
+        heads, surgery = empty_heads(self.architecture, shapes), self.record().surgery_rank
+        return self.build(
+            self.tasks, heads, self.network.sites, source="network", surgery_rank=surgery
         )
-        plain.load_state_dict({name: whole(value) for name, value in own.items()}, strict=False)
-        yield plain.to(self.device)
-        made = plain.state_dict()
-        with torch.no_grad():
-            for name, value in own.items():
-                if name in made:
-                    local_part(value).copy_(own_part(made[name], value))
 
     def forward(self, inputs: Any, task: str | Tensor) -> Tensor:
         """Return the logits of each example from its own task.
@@ -415,14 +402,3 @@ class MergedClassifier(L.LightningModule):
 
 def _whole(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: whole(value) for name, value in tensors.items()}
-
-
-def qualified_name(factory: CorrectionFactory) -> str:
-    """Return module and name of a factory of corrections.
-
-    >>> from lit_merge.correction import RescaleShift
-    >>> qualified_name(RescaleShift)
-    'lit_merge.correction.rescale.RescaleShift'
-    """
-    name = getattr(factory, "__qualname__", type(factory).__qualname__)
-    return f"{factory.__module__}.{name}"

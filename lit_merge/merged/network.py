@@ -332,3 +332,14 @@ def empty_heads(
         }
         for task, own in shapes.items()
     }
+
+
+def qualified_name(factory: CorrectionFactory) -> str:
+    """Return module and name of a factory of corrections.
+
+    >>> from lit_merge.correction import RescaleShift
+    >>> qualified_name(RescaleShift)
+    'lit_merge.correction.rescale.RescaleShift'
+    """
+    name = getattr(factory, "__qualname__", type(factory).__qualname__)
+    return f"{factory.__module__}.{name}"

@@ -6,13 +6,17 @@ brought together.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from lit_merge.distributed import shard_parameters
+from lit_merge.distributed import is_dtensor, reshard, shard_parameters
 from lit_merge.errors import InputError
 from lit_merge.merged.network import MergedNetwork
+from lit_merge.sharding import local_part, own_part, whole
 
 
 def shard(merged: MergedNetwork, mesh: Any) -> None:
@@ -44,6 +48,37 @@ def shard(merged: MergedNetwork, mesh: Any) -> None:
     for block in _blocks(merged.network):
         shard_parameters(block, data)
     shard_parameters(merged, data)
+
+
+@contextmanager
+def whole_network(
+    merged: MergedNetwork, plain: Callable[[], MergedNetwork]
+) -> Iterator[MergedNetwork]:
+    """Have a network whole on every rank inside the block; afterwards each keeps its part.
+
+    Collective. Where nothing is sharded, it is the network itself.
+
+    Args:
+        merged: The network, sharded or not.
+        plain: Makes one of the same architecture, heads and sites, whose tensors do not matter.
+
+    Yields:
+        The whole network; what is changed in it ends up in the parts.
+    """
+    reshard(merged)
+    own = merged.state_dict()
+    if not any(is_dtensor(value) for value in own.values()):
+        yield merged
+        return
+    made = plain()
+    made.load_state_dict({name: whole(value) for name, value in own.items()}, strict=False)
+    device = next(iter(own.values())).device
+    yield made.to(device)
+    changed = made.state_dict()
+    with torch.no_grad():
+        for name, value in own.items():
+            if name in changed:
+                local_part(value).copy_(own_part(changed[name], value))
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
