@@ -193,11 +193,11 @@ def plan(run: Path, *, seed: int, steps: int) -> Iterator[Step]:
         "corrected": (
             "Refine that in a short fit",
             "closed-form",
-            steps // 2,
+            steps,
             {"lr": 0.003, "feature_weight": 5.0},
         ),
         "control": (
-            "Control: TACT and a fit of twice the length on the unmerged base",
+            "Control: TACT and a fit of the same length on the unmerged base",
             "unmerged-base",
             steps,
             {},
@@ -288,7 +288,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder to write")
     parser.add_argument("--replace", action="store_true", help="replace an earlier demo's folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of every training")
-    parser.add_argument("--steps", type=int, default=300, help="steps of the learned correction")
+    parser.add_argument("--steps", type=int, default=150, help="steps of the learned correction")
     options = parser.parse_args(list(argv))
     run: Path = options.output
     _prepare(run, replace=options.replace)
