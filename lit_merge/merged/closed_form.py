@@ -166,7 +166,8 @@ def apply_closed_form(
             forward=run,
         )
     # Bit for bit the same on every rank, whatever their devices' orders of summation.
-    for value in network.state_dict().values():
+    weights_too = settings.least_squares is not None or settings.batch_norm == "reestimate"
+    for value in (network if weights_too else network.corrections).state_dict().values():
         make_equal(value)
     return solved
 
