@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check docs bench clean
 
 demo: .venv/.demo-ready
 	$(BIN)/lit-merge demo --output runs/demo --replace
@@ -15,8 +15,12 @@ check: .venv/.dev-ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: .venv/.dev-ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+# The claims on real data, three seeds (half an hour); other benchmarks are run one by one.
 bench: .venv/.dev-ready
-	@for script in benchmarks/curvature.py benchmarks/curvature_steps.py "benchmarks/merge.py --quick"; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/experiments.py
 
 .venv/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "lit-merge needs Python 3.10 or newer; set PYTHON=python3.x")'

@@ -12,5 +12,12 @@ from lit_merge.callbacks.activation_statistics import ActivationStatistics
 from lit_merge.callbacks.diagonal_hessian import DiagonalHessian
 from lit_merge.callbacks.input_grams import InputGrams
 from lit_merge.callbacks.kronecker_factors import KroneckerFactors
+from lit_merge.callbacks.temporal_merging import TemporalMerging
 
-__all__ = ["ActivationStatistics", "DiagonalHessian", "InputGrams", "KroneckerFactors"]
+__all__ = [
+    "ActivationStatistics",
+    "DiagonalHessian",
+    "InputGrams",
+    "KroneckerFactors",
+    "TemporalMerging",
+]

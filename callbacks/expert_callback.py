@@ -205,6 +205,10 @@ class ExpertCallback(pl.Callback):
         self.written = self.folder
         rank_zero_info(f"{type(self).__name__}: wrote {self.folder}")
 
+    def take_base(self, module: pl.LightningModule) -> None:
+        """Remember the weights of a module as the base: another callback has just loaded them."""
+        self._base_fingerprint = fingerprint_of(module)
+
     def examples(self, trainer: pl.Trainer, module: pl.LightningModule) -> DataPass:
         """Return this rank's share of the pass over the training examples."""
         owners = (getattr(trainer, "datamodule", None), module)

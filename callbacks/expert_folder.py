@@ -132,7 +132,7 @@ def _join(
             changes[key] = getattr(info, key)
     new_names = {name: aligned[known] for name, known in plain.items()}
     new_names |= factor_names(new_names)
-    given = {
+    given: dict[str, Any] = {
         kind: tensors
         if kind == "activations"  # whose names are those of modules
         else {new_names[name]: value for name, value in tensors.items()}

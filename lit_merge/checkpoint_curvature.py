@@ -13,12 +13,18 @@ from torch import Tensor
 from lit_merge.callbacks.activation_statistics import gather_over_ranks
 from lit_merge.callbacks.curvature_result import Curvature
 from lit_merge.callbacks.expert_callback import require_one_of, require_positive
-from lit_merge.callbacks.expert_folder import describe, fingerprint_of, save_expert, with_details
+from lit_merge.callbacks.expert_folder import (
+    describe,
+    fingerprint_of,
+    save_expert,
+    weights_of,
+    with_details,
+)
 from lit_merge.callbacks.layer_matrices import matrices_of
 from lit_merge.callbacks.pass_settings import PassEstimatorName, PassSettings, default_labels
 from lit_merge.callbacks.sharded_pass import pass_over
 from lit_merge.callbacks.training_loss import TrainingLoss
-from lit_merge.checkpoint import load_into, open_checkpoint
+from lit_merge.checkpoint import load_into
 from lit_merge.correction.forward import attention_mask_of
 from lit_merge.correction.sites import find_sites
 from lit_merge.correction.statistics import to_tensors
@@ -30,6 +36,7 @@ from lit_merge.curvature.objective import Labels
 from lit_merge.curvature_pass import CurvaturePass, Measurement
 from lit_merge.distributed import broadcast, failing_together, sharded_parameters
 from lit_merge.errors import InputError
+from lit_merge.expert.adapter import add_to_adapter, open_over, under_names
 from lit_merge.expert.info import ExpertInfo, read_info
 from lit_merge.output import require_free
 from lit_merge.passes.data_pass import DataPass
@@ -45,6 +52,7 @@ def curvature_of_checkpoint(
     *,
     checkpoint: str | Path,
     output: str | Path,
+    base: str | Path | None = None,
     weights: Literal["averaged", "raw"] = "averaged",
     estimator: PassEstimatorName | Literal["none"] = "exact",
     labels: Labels | None = None,
@@ -79,7 +87,9 @@ def curvature_of_checkpoint(
         datamodule: Where the training examples come from, from ``curvature_dataloader()`` or
             ``train_dataloader()``; None takes the module's.
         checkpoint: The weights: anything that :func:`~lit_merge.checkpoint.open_checkpoint` takes.
-        output: The expert folder.
+        output: The expert folder. Of an adapter it may be the adapter's own folder, to which the
+            curvature of base plus adapter is added.
+        base: What a PEFT LoRA adapter was trained on; None where the checkpoint is a whole model.
         weights: Which weights of a checkpoint that holds both the trained and the averaged ones.
         estimator: "exact" for the squared gradients of every example (the Fisher information), or
             "hutchinson" for an estimate of the diagonal of the true Hessian of the loss. "none"
@@ -137,6 +147,7 @@ def curvature_of_checkpoint(
     measurement = _CheckpointCurvature(
         checkpoint=Path(checkpoint),
         output=Path(output),
+        base=base,
         weights=weights,
         settings=PassSettings(
             estimator=pass_estimator,
@@ -157,8 +168,11 @@ def curvature_of_checkpoint(
         save_every=save_every,
         replace=replace,
     )
-    open_checkpoint(measurement.checkpoint, weights=weights).close()  # before processes are started
-    if measurement.info_there() is None:
+    with open_over(checkpoint, base, weights=weights):  # before processes are started
+        pass
+    if measurement.beside_adapter:
+        measurement.require_no_curvature()
+    elif measurement.info_there() is None:
         measurement.require_room()
     CurvaturePass(module, datamodule, measurement).launch(trainer)
     return measurement.output
@@ -172,6 +186,7 @@ class _CheckpointCurvature(Measurement):
 
     checkpoint: Path
     output: Path
+    base: str | Path | None
     weights: Literal["averaged", "raw"]
     settings: PassSettings
     diagonal: bool
@@ -185,10 +200,16 @@ class _CheckpointCurvature(Measurement):
     save_every: float | None
     replace: bool
 
+    @property
+    def beside_adapter(self) -> bool:
+        """Whether the curvature goes into the folder of the adapter that is measured."""
+        return self.base is not None and self.output.resolve() == self.checkpoint.resolve()
+
     def load(self, module: pl.LightningModule) -> None:
         """Load the checkpoint."""
-        with open_checkpoint(self.checkpoint, weights=self.weights) as checkpoint:
-            load_into(module, checkpoint, copy=copy_into)
+        with open_over(self.checkpoint, self.base, weights=self.weights) as (checkpoint, base):
+            named = under_names(checkpoint, base, weights_of(module))
+            load_into(module, named, copy=copy_into)
 
     def run(self, step: CurvaturePass) -> None:
         """Measure on every rank, and write on the first."""
@@ -221,18 +242,25 @@ class _CheckpointCurvature(Measurement):
             examples = self._examples(step, self.max_activation_examples)
             statistics = gather_over_ranks(trainer, module, examples, sites, loss=loss, seed=seed)
             artifacts["activations"] = to_tensors(statistics)
-        join = False
-        with failing_together():
-            if trainer.is_global_zero:
-                join = self.joins(weights)
-        save_expert(
-            self.output,
-            module=module,
-            info=info,
-            join=broadcast(join),
-            replace_folder=self.replace,
-            **artifacts,
-        )
+        base = self.base
+        if base is not None and self.beside_adapter:
+            with failing_together():
+                if trainer.is_global_zero:
+                    names = weights_of(module)
+                    add_to_adapter(self.output, base, info=info, names=names, artifacts=artifacts)
+        else:
+            join = False
+            with failing_together():
+                if trainer.is_global_zero:
+                    join = self.joins(weights)
+            save_expert(
+                self.output,
+                module=module,
+                info=info,
+                join=broadcast(join),
+                replace_folder=self.replace,
+                **artifacts,
+            )
         if unfinished is not None:
             unfinished.remove()
         rank_zero_info(f"Wrote {self.output}")
@@ -334,9 +362,18 @@ class _CheckpointCurvature(Measurement):
             InputError: Something else is there, or curvature that may not be replaced.
         """
         there = self.info_there()
-        if there is None or there.fingerprint != weights:
+        if not self.beside_adapter and (there is None or there.fingerprint != weights):
             self.require_room()
             return False
+        self.require_no_curvature()
+        return True
+
+    def require_no_curvature(self) -> None:
+        """Raise if the output has curvature of the kinds that are gathered, unless to replace it.
+
+        Raises:
+            InputError: It has.
+        """
         kinds = {"hessian": self.diagonal, "gram": self.gram, "kronecker": self.kronecker}
         for file in (self.output / f"{kind}.safetensors" for kind, new in kinds.items() if new):
             if file.exists() and not self.replace:
@@ -344,7 +381,6 @@ class _CheckpointCurvature(Measurement):
                     f"{file}: must not exist yet; got curvature of these weights. Name another "
                     "output folder, or ask to replace it."
                 )
-        return True
 
     def require_room(self) -> None:
         """Raise unless an expert folder may be written, and the checkpoint is not in it.

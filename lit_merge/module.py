@@ -38,6 +38,7 @@ from lit_merge.merged.closed_form import (
     Sources,
     Statistics,
     apply_closed_form,
+    calibration_batches,
     solving_bar,
 )
 from lit_merge.merged.coefficients import read_task_vectors
@@ -50,18 +51,21 @@ from lit_merge.merged.expert_lessons import (
     stored_statistics,
 )
 from lit_merge.merged.fit_settings import (
+    BatchNormMode,
     CoefficientFit,
     FitSettings,
     HeadFit,
     Teacher,
     Trainable,
+    require_teacher,
 )
 from lit_merge.merged.folder import MergedParts, open_merged
-from lit_merge.merged.in_memory import merge_parts
+from lit_merge.merged.in_memory import merge_parts, require_one_model
 from lit_merge.merged.learned import LearnedClassifier
 from lit_merge.merged.network import NEED_NO_RUN, CorrectionFactory, choose_sites, heads_in
 from lit_merge.merged.recorded_base import open_base
 from lit_merge.merged.sharded import shard, whole_network
+from lit_merge.merged.trained_batch_norm import anchor_shared
 from lit_merge.methods import GradientMatching, MergeMethod
 from lit_merge.parameters import ParametersPolicy
 from lit_merge.tasks import MultiTaskDataModule
@@ -86,34 +90,30 @@ class MergeModule(LearnedClassifier):
         correction: Makes a correction module from (number of tasks, number of channels).
         sites: Where to correct; see :func:`lit_merge.correction.find_sites`. A corrected folder
             brings its own.
-        least_squares: How to solve the layers for the experts' activations when the first fit
-            starts; None leaves them as they were merged.
+        least_squares: How to solve the layers for the experts' activations; None leaves them.
         closed_form: "tact" sets a scale and shift per task and channel when the first fit starts,
             from activation statistics (with least_squares, as these say), "repair" one for all
             tasks; "none" begins at the identity.
         batch_norm: "reestimate" measures the running statistics of BatchNorm anew before that.
-        statistics: Where the experts' statistics come from: "calibration" runs each expert on the
-            calibration examples, "stored" takes its activations.safetensors, "auto" that where it
-            has all sites.
+        statistics: Where the experts' statistics come from: the "calibration" examples, the
+            "stored" activations.safetensors, or "auto": that where it has all sites.
         teacher: What the fit learns from: the "experts"' logits, or the "labels".
-        trainable: "scale_shift" learns the corrections alone, "all" the shared weights too;
-            BatchNorm's running statistics stay.
+        trainable: "scale_shift" learns the corrections alone, "all" the shared weights too.
         heads: "refit" learns the heads as well; "fixed" leaves them.
         coefficients: "layer" learns how far each layer goes along each expert's task vector, on
-            top of the merge; the weights have it in them when the fit ends. Needs the base, and
-            memory for a model per task.
+            top of the merge. Needs the base, and memory for a model per task.
+        batch_norm_mode: Whether BatchNorm normalises by each mixed batch in the fit ("train") or
+            keeps its running statistics ("freeze"); "auto" trains it with trainable "all".
         surgery_rank: Rank of the representation surgery before the head; 0 for none.
         temperature: Softens the experts' logits; 1 takes them as they are.
         feature_weight: Weight of the squared distance to the expert's final feature (the input of
             its head), in units of that feature's variance on the task; 0 for none.
         lr: Adam's largest learning rate; falls to zero over the fit as a cosine.
         weights_lr: The same for shared weights and heads.
-        elastic: Pulls the shared weights to the merged ones, by the merge's own precision; in
-            units of the loss per squared change of a weight of average precision. 0 for none.
-            Needs a merged folder with ``hessian.safetensors``.
-        holdout: Share of each task's training examples that is not learned from but measured; the
-            fit ends with the state that was best on it. 0 for none, then the last state stays. A
-            task with fewer than ten examples learns from all of them.
+        elastic: Pulls the shared weights to the merged ones by the merge's precision (from
+            ``hessian.safetensors``); loss per squared change of an average weight, 0 for none.
+        holdout: Share of each task's training examples (of ten at least) that is measured and not
+            learned from; the fit ends with the state that was best on it. 0 keeps the last state.
         holdout_every: Steps between two measurements.
         patience: Stop after so many measurements in a row without a new best; 0 for never.
         calibration_examples: Training examples per task for the closed form, shared by the ranks.
@@ -143,6 +143,7 @@ class MergeModule(LearnedClassifier):
         trainable: Trainable = "scale_shift",
         heads: HeadFit = "fixed",
         coefficients: CoefficientFit = "none",
+        batch_norm_mode: BatchNormMode = "auto",
         surgery_rank: int = 0,
         temperature: float = 2.0,
         feature_weight: float = 0.0,
@@ -164,6 +165,7 @@ class MergeModule(LearnedClassifier):
             trainable=trainable,
             heads=heads,
             coefficients=coefficients,
+            batch_norm_mode=batch_norm_mode,
             surgery_rank=surgery_rank,
             temperature=temperature,
             feature_weight=feature_weight,
@@ -206,14 +208,8 @@ class MergeModule(LearnedClassifier):
         )
         self.policy = policy
         self.base_hessian = base_hessian
-        self._check_options()
-
-    def _check_options(self) -> None:
-        if self.method.masks and self.experts and self.source is None:
-            raise InputError(
-                f"method: must give one model for all tasks; got {type(self.method).__name__}, "
-                "which gives each its own. Merge into a folder, and evaluate or export that."
-            )
+        if self.experts and self.source is None:
+            require_one_model(self.method)
         if self.source is not None and self.base is not None:
             raise InputError(
                 f"base: must be left out where merged is given; got {self.base!r}. The folder "
@@ -291,8 +287,7 @@ class MergeModule(LearnedClassifier):
 
     def _two_examples(self) -> Any:
         """Return inputs that show where the sites are; None where no kind of site needs any."""
-        trainer = self._trainer
-        data = None if trainer is None else getattr(trainer, "datamodule", None)
+        data = getattr(self._trainer, "datamodule", None)
         wanted = (self.sites,) if isinstance(self.sites, str) else self.sites
         if not isinstance(data, MultiTaskDataModule) or not set(wanted) - NEED_NO_RUN:
             return None
@@ -305,16 +300,11 @@ class MergeModule(LearnedClassifier):
             InputError: If the data module's tasks are not the experts', or an expert is missing,
                 does not fit, or gives outputs that are not finite.
         """
+        self.network.keep_attached()
         data = self.meet_data(every_task=True)
         learns = self.trainer.max_steps != 0 and self.trainer.max_epochs != 0
         calibrates = self.calibration.does_something and not self.calibrated
         asks = learns and self.fit.teacher == "experts"
-        for name in self.tasks if learns and self.fit.teacher == "labels" else ():
-            if data.tasks[name].unlabelled:
-                raise InputError(
-                    f'teacher: must be "experts" for the unlabelled task {name!r}; got "labels". '
-                    'Use teacher: "experts".'
-                )
         moves = learns and self.fit.coefficients == "layer"
         if (calibrates or asks or moves) and not self.experts:
             raise InputError(
@@ -322,12 +312,15 @@ class MergeModule(LearnedClassifier):
                 'of each expert, or use teacher: "labels" and closed_form: "none".'
             )
         if learns:
+            require_teacher(self.fit, data)
             self.require_synchronised()
             self.hold_out(data)
         if calibrates:
             self._calibrate(data)
         self.calibrated.fill_(1)
         if learns:
+            if self.fit.trains_batch_norm and not self.anchored:
+                self._anchor(data)
             self.targets = self.elastic = None
             if asks:
                 self.targets = ask_experts(
@@ -359,6 +352,13 @@ class MergeModule(LearnedClassifier):
             )
             self.solved = apply_closed_form(network, self.calibration, sources)
 
+    def _anchor(self, data: MultiTaskDataModule) -> None:
+        """Make batch norms ready for the fit; one that is resumed has them ready."""
+        place = Surroundings.of(self)
+        batches = calibration_batches(self.tasks, data, self.calibration, place)
+        anchor_shared(self.network, self.blank_network, batches, place)
+        self.anchored = True
+
     @property
     def _shows_progress(self) -> bool:
         return self.trainer.is_global_zero and bool(self.trainer.progress_bar_callback)
@@ -367,8 +367,8 @@ class MergeModule(LearnedClassifier):
         """Return an expert's stored statistics; None where they may be missing, and are."""
         path = self.experts[task]
         require_merged_expert(path, task=task, merge=self._merge_record)
-        required = self.calibration.statistics == "stored"
-        return stored_statistics(path, sites, task=task, required=required)
+        must = self.calibration.statistics == "stored"
+        return stored_statistics(path, sites, task=task, required=must)
 
     def _precisions(self) -> dict[str, Tensor]:
         names = list(self.network.shared_parameters())

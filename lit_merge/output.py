@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TypeGuard
 
-from lit_merge.errors import InputError
+from lit_merge.errors import InputError, NoRoomError
 
 # The last two: a file system of small files, and a disk that fails. Reading has errors of its own.
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
@@ -292,9 +292,9 @@ def is_full(error: BaseException) -> TypeGuard[OSError]:
     return isinstance(error, OSError) and error.errno in _NO_ROOM
 
 
-def full_disk(path: str | Path, error: OSError) -> InputError:
+def full_disk(path: str | Path, error: OSError) -> NoRoomError:
     """Return the error for an output that found no room, with the system's reason."""
-    return InputError(
+    return NoRoomError(
         f"{path}: must have room on its disk; got {error.strerror!r}. "
         "Free some space, or name an output on another disk."
     )

@@ -24,11 +24,11 @@ LAYERS = (
         "distributed",
         "sharding",
     ),
-    ("streaming", "forecast", "passes", "tasks"),
+    ("streaming", "forecast", "passes", "tasks", "overlap"),
     ("callbacks", "merged", "curvature_pass"),
     ("module", "checkpoint_curvature"),
     ("evaluation", "merge_record", "inspection", "export", "align"),
-    ("terminal", "report"),
+    ("terminal", "report", "recipe"),
     ("cli", "demo"),
 )
 """What may import what: a name in one line only those of its own line and above."""

@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
 
-from lit_merge.correction.batch_norm import batch_norms, mix_statistics, reestimate_batch_norm
+from lit_merge.correction.batch_norm import (
+    anchor_batch_norm,
+    batch_norms,
+    mix_statistics,
+    reestimate_batch_norm,
+)
 from lit_merge.correction.corrections import Corrections
 from lit_merge.correction.routing import TaskContext
 from lit_merge.correction.sites import find_sites
@@ -143,6 +149,66 @@ def test_after_an_error_the_model_is_as_it_was() -> None:
         reestimate_batch_norm(model, {0: [tasks()[0]]})
     for name, value in model.state_dict().items():
         torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def _anchored(model: nn.Module, batches: dict[int, list[Tensor]], **options: Any) -> nn.Module:
+    found = copy.deepcopy(model)
+    norms = batch_norms(found, affine=True)
+    assert anchor_batch_norm(found, norms, batches, **options) == tuple(norms)
+    return found
+
+
+def test_an_anchored_model_computes_what_it_did_with_the_statistics_of_its_inputs() -> None:
+    model = tiny_conv_net().eval()
+    with torch.no_grad():  # the second one as least squares leave it: an offset and nothing else
+        model[4].weight.fill_(1)
+        model[4].running_mean.zero_()
+        model[4].running_var.fill_(1 - model[4].eps)
+    inputs = tasks()
+    found = _anchored(model, {task: list(some.split(5)) for task, some in inputs.items()})
+    for some in inputs.values():
+        torch.testing.assert_close(found(some), model(some), rtol=1e-5, atol=1e-5)
+    for number in (1, 4):
+        with torch.no_grad():
+            reaching = [copy.deepcopy(model).double()[:number](x.double()) for x in inputs.values()]
+        mean, variance = mixture(reaching, weighting="task")
+        torch.testing.assert_close(found[number].running_mean, mean.float())
+        torch.testing.assert_close(found[number].running_var, variance.float())
+
+
+def test_training_begins_where_evaluation_is_once_anchored() -> None:
+    model, inputs = tiny_conv_net().eval(), images(24, seed=1, channels=1)
+    before = model(inputs)
+    assert float((copy.deepcopy(model).train()(inputs) - before).detach().abs().max()) > 0.1
+    found = _anchored(model, {0: [inputs]}).train()(inputs)
+    torch.testing.assert_close(found, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_constant_channel_stays_constant_once_anchored() -> None:
+    model = tiny_conv_net().eval()
+    with torch.no_grad():
+        model[0].weight[2] = 0
+    inputs = images(8, seed=1, channels=1)
+    found = _anchored(model, {0: [inputs]})
+    assert found[1].running_var[2] == 0
+    torch.testing.assert_close(found(inputs), model(inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_after_an_error_an_anchored_model_is_as_it_was() -> None:
+    model = tiny_conv_net()
+    with torch.no_grad():
+        model[3].weight[0] = torch.nan
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"site '4:input \(task 0\)': activations must be finite"):
+        anchor_batch_norm(model, batch_norms(model), {0: [tasks()[0]]})
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0, equal_nan=True)
+
+
+def test_batch_norms_without_scale_and_shift_are_left_out_on_request() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(3, affine=False), nn.BatchNorm1d(3))
+    assert list(batch_norms(model)) == ["0", "1"]
+    assert list(batch_norms(model, affine=True)) == ["1"]
 
 
 def _reestimated(batches: dict[int, list[Tensor]]) -> dict[str, list[float]]:

@@ -29,6 +29,16 @@ def test_metrics_are_means_over_the_examples_with_a_label():
     torch.testing.assert_close(found["test/nll"], F.cross_entropy(logits[kept], labels[kept]))
 
 
+def test_tokens_count_as_examples_do():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(4, 5, 3), torch.randint(3, (4, 5))
+    labels[1, 2:] = IGNORED
+    tokens, examples = classification_metrics(3, ""), classification_metrics(3, "")
+    update_metrics(tokens, logits, labels)
+    update_metrics(examples, logits.reshape(20, 3), labels.reshape(20))
+    assert tokens.compute() == examples.compute()
+
+
 def test_a_batch_without_labels_counts_for_nothing():
     metrics = classification_metrics(3, "")
     update_metrics(metrics, torch.eye(3), torch.arange(3))

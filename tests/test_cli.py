@@ -24,8 +24,8 @@ def run_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
         raise error
 
     module = types.ModuleType("failing")
-    module.report = function  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lit_merge.cli.files", module)
+    module.main = function  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "lit_merge.cli.report", module)
     return cli.main(["report", "x"])
 
 
@@ -128,8 +128,8 @@ def test_module_and_script_are_the_command() -> None:
 def test_reader_that_closes_the_pipe_is_no_error() -> None:
     code = (
         "import sys, types; module = types.ModuleType('m'); "
-        "module.report = lambda argv: print('x' * 10**7) or 0; "
-        "sys.modules['lit_merge.cli.files'] = module; "
+        "module.main = lambda argv: print('x' * 10**7) or 0; "
+        "sys.modules['lit_merge.cli.report'] = module; "
         "from lit_merge.cli import main; sys.exit(main(['report', 'x']))"
     )
     piped = f'"{sys.executable}" -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'

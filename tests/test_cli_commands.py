@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -386,7 +387,9 @@ def test_evaluation_is_written_and_printed_as_json(
     assert corrected("evaluate", corrected.evaluate("all.json"), *options) == 0
     printed = json.loads(capsys.readouterr().out)
     evaluation = read_evaluation(corrected.root / "all.json")
-    assert printed == evaluation.as_dict()
+    written = json.loads((corrected.root / "all.json").read_text())
+    assert {key: printed[key] for key in written} == written
+    assert (printed["command"], printed["warnings"]) == ("evaluate", [])
     lines = {line.model: line for line in evaluation.lines()}
     assert set(lines) == {
         "experts",
@@ -422,12 +425,117 @@ def test_report_and_inspect_take_what_the_others_wrote(
     paths = [str(root / "runs/a"), str(root / "merged"), str(root / "corrected")]
     assert main(["inspect", *paths, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert [entry["kind"] for entry in found] == ["expert", "merged", "corrected"]
-    assert "tensors" not in found[0]
+    assert [entry["kind"] for entry in found["paths"]] == ["expert", "merged", "corrected"]
+    assert "tensors" not in found["paths"][0]
     assert main(["inspect", paths[0], "--tensors", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["tensors"]) > 10
     assert main(["inspect", *paths, "--tensors"]) == 0
     assert "model.head.weight" in capsys.readouterr().out
+
+
+def result_of(capsys: pytest.CaptureFixture[str], command: str) -> dict[str, Any]:
+    """Return the one object on the standard output, after checking what every command says."""
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert found["command"] == command
+    assert found["seconds"] > 0
+    assert isinstance(found["warnings"], list)
+    return found
+
+
+def test_json_of_fit_names_the_expert_the_checkpoint_and_the_last_values(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = run.fit("a")
+    callbacks = config["trainer"]["callbacks"]
+    callbacks[0]["init_args"]["dirpath"] = str(tmp_path / "checkpoints")
+    for callback in callbacks[1:]:
+        callback["init_args"] = {**callback["init_args"], "output": str(tmp_path / "expert")}
+    assert run("fit", config, "--json") == 0
+    found = result_of(capsys, "fit")
+    assert found["output"] == str(tmp_path / "expert")
+    assert Path(found["checkpoint"]).is_file()
+    assert found["epochs"] == 2
+    assert found["metrics"]["train/loss"] > 0
+
+
+def test_json_of_merge_correct_and_export(
+    merged: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**merged.merge("merged"), "output": str(tmp_path / "merged")}
+    assert merged("merge", config, "--plan", "--json") == 0
+    (plan,) = result_of(capsys, "merge")["plans"]
+    assert plan["output"] == str(tmp_path / "merged")
+    assert {tensor["action"] for tensor in plan["tensors"]} == {"merge", "per-task"}
+    assert merged("merge", config, "--json") == 0
+    found = result_of(capsys, "merge")
+    assert found["output"] == str(tmp_path / "merged")
+    record = json.loads((tmp_path / "merged" / "merge.json").read_text())
+    assert found["traces"] == record["traces"]
+    assert sum(part["tensors"] for part in found["tensors"].values()) == len(record["tensors"])
+    sweep = {**config, "method": {"class_path": "TaskArithmetic"}, "output": str(tmp_path / "all")}
+    assert merged("merge", sweep, "--sweep", "{scale: [0.3, 0.5]}", "--json") == 0
+    found = result_of(capsys, "merge")
+    assert [one["output"] for one in found["merges"]] == found["output"]
+    assert len(found["output"]) == 2
+
+    config = {**merged.correct("corrected"), "output": str(tmp_path / "corrected")}
+    assert merged("correct", config, "--json") == 0
+    found = result_of(capsys, "correct")
+    assert (found["output"], found["steps"]) == (str(tmp_path / "corrected"), 3)
+    assert found["metrics"]["train/loss"] >= 0
+    arguments = ["--merged", str(tmp_path / "merged"), "--task", "a", "--json"]
+    assert main(["export", *arguments, "--output", str(tmp_path / "a")]) == 0
+    (export,) = result_of(capsys, "export")["exports"]
+    assert (export["task"], export["output"]) == ("a", str(tmp_path / "a"))
+    assert main(["inspect", str(tmp_path / "a"), "--json"]) == 0
+    assert result_of(capsys, "inspect")["kind"] == "exported"
+
+
+def test_json_of_curvature_has_its_quality(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = {**curvature(run, "json"), "output": str(tmp_path / "expert")}
+    assert run("curvature", config, "--json") == 0
+    found = result_of(capsys, "curvature")
+    assert (found["output"], found["num_examples"]) == (str(tmp_path / "expert"), 45)
+    assert found["quality"]["relative_error"] > 0
+
+
+def test_loggers_have_losses_and_learning_rates(merged: Run, tmp_path: Path) -> None:
+    config = {**merged.correct("logged", steps=20), "output": str(tmp_path / "corrected")}
+    del config["trainer"]["logger"]
+    logger = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", str(tmp_path / "logs")]
+    options = [*logger, "--holdout", "0.25", "--holdout_every", "10"]
+    assert merged("correct", config, *options) == 0
+    (file,) = (tmp_path / "logs").glob("**/metrics.csv")
+    with file.open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    held_out = [float(row["holdout/loss"]) for row in rows if row["holdout/loss"]]
+    (name,) = [key for key in rows[0] if key.startswith("lr-")]
+    rates = [float(row[name]) for row in rows if row[name]]
+    assert len(losses) == 4  # every 5th of 20 steps
+    assert len(held_out) >= 1
+    assert all(loss >= 0 for loss in (*losses, *held_out))
+    assert all(rate > 0 for rate in rates)
+
+
+def test_a_logger_without_its_package_is_an_error_that_names_it(
+    merged: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning.fabric.loggers import tensorboard
+
+    for name in ("_TENSORBOARD_AVAILABLE", "_TENSORBOARDX_AVAILABLE"):
+        monkeypatch.setattr(tensorboard, name, False)
+    logger = ["--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", str(tmp_path)]
+    config = {**merged.correct("never"), "output": str(tmp_path / "never")}
+    del config["trainer"]["logger"]
+    assert merged("correct", config, *logger) == 2
+    assert "pip install tensorboard" in error_of(capsys)
+    config = merged.fit("base")
+    del config["trainer"]["logger"]
+    assert merged("fit", config, *logger) == 2
+    assert "pip install tensorboard" in error_of(capsys)
 
 
 def test_files_after_options_are_explained(

@@ -83,7 +83,10 @@ def test_json_is_printed_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str
     config = config_of(tmp_path)
     output = tmp_path / "forecast.json"
     assert main(["forecast", "--config", str(config), "--json", "--output", str(output)]) == 0
-    assert json.loads(capsys.readouterr().out) == json.loads(output.read_text())
+    printed, written = json.loads(capsys.readouterr().out), json.loads(output.read_text())
+    assert {key: printed[key] for key in written} == written
+    assert (printed["command"], printed["output"]) == ("forecast", str(output))
+    assert printed.keys() - written.keys() == {"command", "output", "seconds", "warnings", "plot"}
 
 
 def test_only_the_first_of_several_processes_forecasts(

@@ -11,6 +11,7 @@ from typing import Any
 
 import lightning as L
 import pytest
+import yaml
 from jsonargparse import ArgumentParser
 from torch import nn
 
@@ -26,6 +27,7 @@ from lit_merge.cli.fit import FitCLI
 from lit_merge.cli.forecast import forecast_parser
 from lit_merge.cli.merge import _outputs, merge_parser
 from lit_merge.cli.parsing import instantiate, parse
+from lit_merge.recipe import Step, plan
 from lit_merge.streaming import Override
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -51,6 +53,18 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def made(parser: ArgumentParser, name: str, *options: str) -> Any:
     return instantiate(parser, parse(parser, ["--config", str(CONFIGS / name), *options]))
+
+
+def steps_of(name: str, folder: Path, **variables: Any) -> tuple[Step, ...]:
+    """Return a recipe's steps, each parsed by its command where that makes nothing of it yet."""
+    content = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+    steps = plan(content["steps"], {**content["variables"], **variables})
+    parsers = {"merge": merge_parser, "correct": correct_parser, "evaluate": evaluate_parser}
+    for step in steps:
+        if step.command in parsers:
+            (folder / "step.yaml").write_text(yaml.safe_dump(dict(step.options), sort_keys=False))
+            parse(parsers[step.command](), ["--config", str(folder / "step.yaml")])
+    return steps
 
 
 def test_every_config_has_a_test() -> None:
@@ -182,6 +196,123 @@ def test_evaluate_config(encoder: str) -> None:
     assert options.variance
 
 
+def test_run_sentiment_config(tmp_path: Path) -> None:
+    for sets, dataset in (("hub", "SetFit/sst2"), ("local", "mine/sst2")):
+        steps = steps_of("run_sentiment.yaml", tmp_path, sets=sets, data="mine")
+        assert [step.command for step in steps] == [
+            *["fit"] * 5,
+            *["merge"] * 4,
+            "evaluate",
+            "report",
+        ]
+        options = steps[9].options
+        assert list(options["tasks"]) == ["imdb", "amazon", "mr", "sst2", "yelp"]
+        assert options["tasks"]["sst2"]["init_args"]["dataset"] == dataset
+        assert len(options["models"]) == 1 + 5 + 3 + 3 * 8
+
+
+def test_run_text_config(tmp_path: Path) -> None:
+    for sets, dataset in (("hub", "SetFit/subj"), ("local", "mine/subj")):
+        steps = steps_of("run_text.yaml", tmp_path, sets=sets, data="mine")
+        assert [step.command for step in steps] == [
+            *["fit"] * 4,
+            *["merge"] * 4,
+            *["correct"] * 5,
+            "evaluate",
+            "report",
+        ]
+        options = steps[13].options
+        assert options["tasks"]["subj"]["init_args"]["dataset"] == dataset
+        assert not options["tasks"]["subj"]["init_args"].get("unlabelled", False)
+        assert all(t["init_args"]["unlabelled"] for t in steps[8].options["tasks"].values())
+
+
+def test_run_vision_config(tmp_path: Path) -> None:
+    for sets, count in (("hub", 110), ("local", 262)):
+        steps = steps_of("run_vision.yaml", tmp_path, sets=sets, data="mine")
+        commands = [*["fit"] * 4, *["merge"] * 4, *["correct"] * 10, "evaluate", "report"]
+        assert [step.command for step in steps] == commands
+        assert steps[0].options["model"]["init_args"]["num_classes"] == count
+        joined = steps[0].options["data"]["init_args"]["task"]["init_args"]["tasks"]
+        assert sum(one["init_args"]["num_classes"] for one in joined) == count
+        place = {"path": "mine/mnist.npz"} if sets == "local" else {"dataset": "ylecun/mnist"}
+        found = steps[18].options["tasks"]["mnist"]["init_args"]
+        assert place.items() <= found.items()
+        assert not found.get("unlabelled", False)
+        assert all(t["init_args"]["unlabelled"] for t in steps[8].options["tasks"].values())
+    published = steps_of("run_vision.yaml", tmp_path, pretrain=False, base="hf://timm/it/model")
+    assert published[0].options["model"]["init_args"]["checkpoint"] == "hf://timm/it/model"
+
+
+def test_run_vision_nonlocal_config(tmp_path: Path) -> None:
+    steps = steps_of("run_vision_nonlocal.yaml", tmp_path, sets="local", data="mine", seed=3)
+    commands = [*["fit"] * 5, "merge", "align", *["merge"] * 4, *["correct"] * 10]
+    assert [step.command for step in steps] == [*commands, "evaluate", "report"]
+    bases = [step.options for step in steps if step.title.startswith("Pretrain")]
+    assert len({str(base["seed_everything"]) for base in bases}) == 2
+    assert steps[6].options["groups"] == {
+        "first": {
+            "base": "runs/vision-nonlocal/first/last.ckpt",
+            "experts": {
+                "mnist": "runs/vision-nonlocal/mnist/expert",
+                "fashion": "runs/vision-nonlocal/fashion/expert",
+            },
+        },
+        "second": {
+            "base": "runs/vision-nonlocal/second/last.ckpt",
+            "experts": {"kmnist": "runs/vision-nonlocal/kmnist/expert"},
+        },
+    }
+    stages = [m["stage"] for m in steps[21].options["models"].values() if "stage" in m]
+    assert stages == [1, 2, 3, 4]
+
+
+def test_run_lora_config(tmp_path: Path) -> None:
+    steps = steps_of("run_lora.yaml", tmp_path)
+    assert [step.command for step in steps] == [
+        *["fit"] * 2,
+        *["curvature"] * 2,
+        *["merge"] * 2,
+        *["export"] * 2,
+        *["merge"] * 5,
+        "evaluate",
+        "report",
+    ]
+    measured = steps[2].options
+    assert measured["checkpoint"] == measured["output"] == "runs/lora/trec/adapter"
+    assert (steps[12].options["format"], steps[12].options["rank"]) == ("adapter", 16)
+
+
+def test_run_temporal_config(tmp_path: Path) -> None:
+    steps = steps_of("run_temporal.yaml", tmp_path)
+    assert [step.command for step in steps] == [*["fit"] * 13, "evaluate", "report"]
+    found = [step.options["trainer"]["callbacks"] for step in steps[1:13]]
+    assert [len(callbacks) for callbacks in found] == 4 * [2] + 8 * [1]
+    options = [callbacks[-1]["init_args"] for callbacks in found]
+    assert [one["task"] for one in options] == 3 * ["amazon", "mr", "sst2", "yelp"]
+    assert [(one["init"], one["deploy"]) for one in options[::4]] == [
+        ("fresh", "merge"),
+        ("last", "last"),
+        ("ema", "ema"),
+    ]
+    assert len(steps[13].options["models"]) == 1 + 5 + 3 * 4
+
+
+def test_run_atm_config(tmp_path: Path) -> None:
+    steps = steps_of("run_atm.yaml", tmp_path)
+    rounds = [*["fit"] * 4, "merge"]
+    assert [step.command for step in steps] == [
+        *["fit"] * 5,
+        *["merge"] * 2,
+        *rounds * 8,
+        "evaluate",
+        "report",
+    ]
+    one_shot, tuned = steps[1].options["trainer"], steps[7].options["trainer"]
+    assert one_shot["max_steps"] == 8 * tuned["max_steps"]
+    assert steps[12].options["model"]["init_args"]["checkpoint"] == "runs/atm/round-1/merged"
+
+
 @pytest.mark.parametrize(
     "parser", [curvature_parser, merge_parser, forecast_parser, correct_parser, evaluate_parser]
 )
@@ -204,3 +335,18 @@ def test_configs_name_only_what_their_comments_promise() -> None:
         text = path.read_text(encoding="utf-8")
         command = path.stem.split("_")[0]
         assert f"lit-merge {command} --config configs/{path.name}" in text
+
+
+def test_run_language_config(tmp_path: Path) -> None:
+    for sets, dataset in (("hub", "fancyzhx/ag_news"), ("local", "mine/agnews")):
+        steps = steps_of("run_language.yaml", tmp_path, sets=sets, data="mine")
+        assert [step.command for step in steps] == [
+            *["fit"] * 5,
+            *["merge"] * 6,
+            "evaluate",
+            "report",
+        ]
+        task = steps[2].options["data"]["init_args"]["task"]["init_args"]
+        assert (task["dataset"], task["where"]) == (dataset, {"label": 1})
+        assert len(steps[11].options["models"]) == 1 + 4 + 1 + 2 * 4 + 3
+        assert steps[7].options["method"]["init_args"]["scale"] == {"all": 1.0, "gone": -1.0}

@@ -1,22 +1,25 @@
-"""The demo: its commands, its folder, and the whole way with very little training."""
+"""The demo: its recipe, its folder, and the whole way with very little training."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lit_merge import demo
 from lit_merge.errors import InputError
 from lit_merge.evaluation.file import read_evaluation
+from lit_merge.recipe import plan
 
 
 def test_the_whole_way_ends_with_a_table_and_a_page(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "_EPOCHS", {"base": 1, "expert": 1})
-    monkeypatch.setattr(demo, "TASKS", {name: demo.TASKS[name] for name in ("mirrored", "odd")})
-    monkeypatch.setattr(demo, "_MODEL_KWARGS", {**demo._MODEL_KWARGS, "depth": 1})
+    variables: dict[str, Any] = demo.RECIPE["variables"]
+    few = {name: variables["tasks"][name] for name in ("mirrored", "odd")}
+    short = {"tasks": few, "base_epochs": 1, "expert_epochs": 1, "depth": 1}
+    monkeypatch.setitem(demo.RECIPE, "variables", {**variables, **short})
     run = tmp_path / "run"
     assert demo.main(["--output", str(run), "--steps", "2"]) == 0
     printed = capsys.readouterr().out
@@ -37,6 +40,8 @@ def test_the_whole_way_ends_with_a_table_and_a_page(
         "merge.json",
         "model.safetensors",
     ]
+    with pytest.raises(InputError, match=r"must be a new or empty folder; got one with files"):
+        demo.main(["--output", str(run)])
 
 
 def test_a_used_folder_is_left_alone(tmp_path: Path) -> None:
@@ -49,9 +54,10 @@ def test_a_used_folder_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_every_step_has_a_file_of_its_own_and_writes_inside_the_folder(tmp_path: Path) -> None:
-    steps = list(demo.plan(tmp_path, seed=3, steps=7))
-    files = [step.arguments[-1] for step in steps if step.config]
-    assert len(set(files)) == len(files) == 17
-    outputs = [step.config["output"] for step in steps if "output" in step.config]
+    given = {"output": str(tmp_path), "seed": 3}
+    steps = plan(demo.RECIPE["steps"], {**demo.RECIPE["variables"], **given})
+    assert len({step.name for step in steps}) == len(steps) == 18
+    outputs = [step.options["output"] for step in steps if "output" in step.options]
+    assert len(outputs) == 12
     assert all(Path(output).is_relative_to(tmp_path) for output in outputs)
-    assert {s.config["seed_everything"] for s in steps if "seed_everything" in s.config} == {3}
+    assert {s.options["seed_everything"] for s in steps if "seed_everything" in s.options} == {3}

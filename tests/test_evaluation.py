@@ -45,6 +45,17 @@ def test_normalised_mean_is_the_mean_of_the_ratios_to_the_experts() -> None:
     assert average.nll == pytest.approx(1.4)
 
 
+def test_the_perplexity_of_a_line_is_the_geometric_mean_of_language_tasks() -> None:
+    rows = tuple(
+        EvaluationRow("m", "merged", task, 0.5, 90, math.log(value), perplexity=value)
+        for task, value in (("a", 4.0), ("b", 9.0))
+    )
+    assert Evaluation(rows).lines()[0].perplexity == pytest.approx(6.0)
+    mixed = (rows[0], replace(rows[1], perplexity=None))
+    assert Evaluation(mixed).lines()[0].perplexity is None
+    assert Evaluation(ROWS).lines()[0].perplexity is None
+
+
 def test_experts_are_normalised_to_one() -> None:
     assert EVALUATION.lines()[0].normalised == pytest.approx(1.0)
 
@@ -91,6 +102,8 @@ def test_row_has_its_own_interval() -> None:
         ({"task": ""}, "task must have a name"),
         ({"stage": 0}, "stage must count from 1; got 0"),
         ({"stage": 1, "kind": "base"}, "stage must be left out but for the kinds merged and corr"),
+        ({"perplexity": 3.0}, r"perplexity must be exp\(nll\), 3\.32.*; got 3\.0"),
+        ({"perplexity": 3.0, "nll": None}, r"perplexity must be exp\(nll\), None; got 3\.0"),
     ],
 )
 def test_row_with_an_impossible_value_is_refused(changes: dict[str, object], message: str) -> None:

@@ -47,6 +47,17 @@ def test_an_evaluation_from_before_there_were_stages_is_read(tmp_path: Path) -> 
     assert read_evaluation(path).rows == tuple(replace(row, stage=None) for row in ROWS)
 
 
+def test_a_perplexity_is_written_and_read_and_may_be_missing_in_old_files(tmp_path: Path) -> None:
+    rows = tuple(replace(row, nll=0.0, perplexity=1.0) for row in ROWS)
+    path = write_evaluation(tmp_path / "evaluation.json", Evaluation(rows))
+    assert read_evaluation(path).rows == rows
+    content = json.loads(path.read_text(encoding="utf-8")) | {"format_version": 2}
+    for row in content["rows"]:
+        del row["perplexity"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert {row.perplexity for row in read_evaluation(path).rows} == {None}
+
+
 def changed(**entries: object) -> str:
     return json.dumps(EVALUATION.as_dict() | entries)
 
@@ -60,9 +71,9 @@ GOOD_ROW = EVALUATION.as_dict()["rows"][0]
         ("{", "must be JSON"),
         ("[]", "must hold a JSON object; got list"),
         ("{}", 'must be an evaluation with "format_version" and "rows"'),
-        (changed(format_version=3), "format_version must be 1 to 2; got 3"),
-        (changed(format_version=0), "format_version must be 1 to 2; got 0"),
-        (changed(format_version=True), "format_version must be 1 to 2; got True"),
+        (changed(format_version=4), "format_version must be 1 to 3; got 4"),
+        (changed(format_version=0), "format_version must be 1 to 3; got 0"),
+        (changed(format_version=True), "format_version must be 1 to 3; got True"),
         (changed(rows=[GOOD_ROW | {"stage": "1"}]), r"rows\[0\]: stage must be int"),
         (changed(rows=[GOOD_ROW | {"stage": 0}]), "stage must count from 1; got 0"),
         (changed(rows={}), "rows: must be a list; got dict"),

@@ -112,7 +112,7 @@ def test_missing_statistics_are_named(folder, tmp_path):
 def test_the_bar_shows_examples(capsys):
     with lessons_bar(10, shown=True) as advance:
         advance(10)
-    assert "10/10" in capsys.readouterr().out
+    assert "10/10" in capsys.readouterr().err
     with lessons_bar(10, shown=False) as advance:
         advance(10)
     assert capsys.readouterr().out == ""

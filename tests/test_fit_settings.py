@@ -16,6 +16,12 @@ from lit_merge.merged.fit_settings import FitSettings
         ({"trainable": "some"}, "trainable: must be one of scale_shift, all; got 'some'"),
         ({"heads": "new"}, "heads: must be one of fixed, refit; got 'new'"),
         ({"coefficients": "task"}, "coefficients: must be one of none, layer; got 'task'"),
+        ({"batch_norm_mode": "eval"}, "batch_norm_mode: must be one of auto, train, freeze"),
+        ({"batch_norm_mode": "train"}, 'batch_norm_mode: must go with trainable: "all"'),
+        (
+            {"batch_norm_mode": "train", "trainable": "all", "elastic": 1.0},
+            'batch_norm_mode: must not be "train" with elastic',
+        ),
         ({"weights_lr": 0.0}, "weights_lr: must be positive and finite; got 0.0"),
         ({"feature_weight": -1.0}, "feature_weight: must be at least 0 and finite; got -1.0"),
         ({"elastic": float("inf")}, "elastic: must be at least 0 and finite; got inf"),
@@ -36,3 +42,11 @@ def test_options_out_of_range_or_without_their_partner_are_named(
 ) -> None:
     with pytest.raises(InputError, match=message):
         FitSettings(**options)
+
+
+def test_batch_norm_is_trained_with_free_weights_alone() -> None:
+    assert FitSettings(trainable="all").trains_batch_norm
+    assert FitSettings(trainable="all", batch_norm_mode="train").trains_batch_norm
+    assert not FitSettings().trains_batch_norm
+    assert not FitSettings(trainable="all", elastic=1.0).trains_batch_norm
+    assert not FitSettings(trainable="all", batch_norm_mode="freeze").trains_batch_norm

@@ -102,7 +102,7 @@ def test_a_folder_of_images_gives_classes_by_name(tmp_path):
     torch.testing.assert_close(pixels[:, 0].amax((1, 2)), labels.float())
     with pytest.raises(InputError, match="must hold 3 folders, one per class; got 2: cat, dog"):
         ImageTask(str(tmp_path / "images"), num_classes=3, image_size=6).split("train")
-    with pytest.raises(InputError, match="image_size: must be set for a folder of images"):
+    with pytest.raises(InputError, match="image_size: must be set for the images of"):
         ImageTask(str(tmp_path / "images"), num_classes=2).split("train")
 
 

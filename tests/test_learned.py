@@ -15,7 +15,7 @@ import lit_merge.streaming
 from lit_merge.errors import InputError
 from lit_merge.expert import ExpertInfo, open_expert, write_expert
 from lit_merge.merged.holdout import choose_held_out
-from lit_merge.methods import Average, GradientMatching, TaskArithmetic
+from lit_merge.methods import Average, GradientMatching
 from lit_merge.module import MergeModule
 from tests.references import softened_divergence
 from tests.tiny_fits import QUIET, tiny_trainer
@@ -152,30 +152,6 @@ def test_only_what_is_asked_for_learns(
     assert module.targets is None
     data = trainer.datamodule
     assert len(data.train_dataloader().dataset) == sum(SIZES.values())
-
-
-def test_running_statistics_of_batch_norm_stay(tmp_path: Path) -> None:
-    net = base_net()
-    net.body.insert(1, nn.BatchNorm1d(12))
-    weights = {n: v + 0.1 if v.is_floating_point() else v for n, v in net.state_dict().items()}
-    for name in ("base", "svhn"):
-        info = ExpertInfo(head_parameters=HEAD)
-        write_expert(tmp_path / name, weights=weights, info=info)
-    data = tiny_data()
-    data._tasks.pop("dtd")
-    data._tasks["svhn"].num_classes = 4
-    module = MergeModule(
-        net, {"svhn": str(tmp_path / "svhn")}, base=str(tmp_path / "base"),
-        method=TaskArithmetic(0.5), trainable="all", holdout=0.0, teacher="labels",
-    )  # fmt: skip
-    module.configure_model()
-    before = state(module.network.network)
-    trainer = tiny_trainer(tmp_path, enable_checkpointing=False, max_steps=2, max_epochs=-1)
-    data._tasks["svhn"].train.tensors[1].clamp_(max=3)
-    trainer.fit(module, datamodule=data)
-    names = changed(before, state(module.network.network))
-    assert "body.1.weight" in names
-    assert not {n for n in names if "running" in n or "tracked" in n}
 
 
 def test_coefficients_are_in_the_weights_when_the_fit_ends(folder: Path, tmp_path: Path) -> None:
@@ -364,3 +340,9 @@ def test_coefficients_need_a_base(folder: Path, tmp_path: Path) -> None:
     module = merge_module(folder, base=None, method=Average(), coefficients="layer")
     with pytest.raises(InputError, match='base: must be given for coefficients: "layer"'):
         fit(module, tmp_path, max_steps=1)
+
+
+def test_training_batch_norms_needs_some(folder: Path) -> None:
+    module = merge_module(folder, trainable="all", batch_norm_mode="train")
+    with pytest.raises(InputError, match='batch_norm_mode: must not be "train" for a network with'):
+        module.configure_model()

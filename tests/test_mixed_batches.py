@@ -174,3 +174,12 @@ def test_inputs_that_do_not_fit_together_are_named():
 
 def test_labels_become_int64():
     assert as_labels(iter([True, 2])).dtype == torch.int64
+
+
+def test_examples_of_known_length_come_longest_first_and_ties_in_order():
+    examples = [(torch.tensor([float(i)]), 0) for i in range(5)]
+    data = MixedTasks([(1, examples)], lengths={1: [3, 7, 3, 9, 1]}, without={1: [1]})
+    assert [data[i].place for i in range(len(data))] == [3, 0, 2, 4]
+    assert [MixedTasks([(0, examples)], lengths={1: [1] * 5})[i].place for i in range(5)] == [
+        *range(5)
+    ]

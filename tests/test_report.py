@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import math
 import re
+import time
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -11,8 +13,11 @@ import torch
 from lit_merge.errors import InputError
 from lit_merge.evaluation import Evaluation, EvaluationRow, VarianceRow, wilson_interval
 from lit_merge.merge_record import MergeRecord, TensorRecord
+from lit_merge.overlap import Overlap, OverlapSums
 from lit_merge.report import render_report, write_report
 from lit_merge.report.alignment_record import AlignedUnits, AlignmentRecord
+from lit_merge.report.comparisons import ComparedExperts
+from lit_merge.report.forecast_record import ForecastRecord
 from lit_merge.report.scales import CorrectionScales, SiteScales
 from lit_merge.report.tables import alignment_section
 
@@ -78,6 +83,146 @@ ALIGNMENT = AlignmentRecord(
     ),
     provenance={"settings": {"by": HOSTILE}},
 )
+
+
+def merged_with(scale: float) -> MergeRecord:
+    method = {"class_path": "lit_merge.methods.TaskArithmetic", "init_args": {"scale": scale}}
+    provenance = {"method": method, "experts": {"a": {"path": HOSTILE}}, "base": None}
+    return MergeRecord(
+        f"runs/{scale}",
+        f"TaskArithmetic(scale={scale})",
+        ("a",),
+        MERGE.tensors,
+        {},
+        (),
+        (),
+        provenance,
+    )
+
+
+SUMS = OverlapSums(
+    4,
+    torch.tensor([[4.0, 1.0], [1.0, 1.0]], dtype=torch.float64),
+    torch.tensor([[4.0, 3.0], [3.0, 4.0]], dtype=torch.float64),
+    torch.full((2, 2), 4.0, dtype=torch.float64),
+    torch.tensor([40.0, 4.0], dtype=torch.float64),
+)
+COMPARED = ComparedExperts(
+    f"merges {HOSTILE}",
+    {
+        task: {
+            "path": f"runs/{HOSTILE}",
+            "estimator": "exact",
+            "labels": "sampled",
+            "num_examples": "3000",
+            "fingerprint": "0123456789abcdef",
+        }
+        for task in ("a", HOSTILE)
+    },
+    Overlap(("a", HOSTILE), {f"net.0.{HOSTILE}": SUMS, "net.1": SUMS}),
+    (f"experts {HOSTILE}",),
+)
+SWEPT = Evaluation(
+    (
+        *ROWS[:2],
+        EvaluationRow("low", "merged", "a", 0.7, 100, 0.5),
+        EvaluationRow("high", "merged", "a", 0.6, 100, 0.9),
+    ),
+    provenance={"configuration": f"model: {HOSTILE}"},
+)
+EVALUATED = {"low": merged_with(0.5), "high": merged_with(1.0)}
+FORECAST = ForecastRecord(
+    f"forecast {HOSTILE}",
+    "TaskArithmetic(scale=0.5)",
+    ("a",),
+    0.5,
+    0.4,
+    {0.4: (0.01,), 0.5: (0.02,), 1.0: (0.03,)},
+    {f"net {HOSTILE}": (6.0,), "other": (2.0,)},
+    (f"noted {HOSTILE}",),
+)
+
+
+@pytest.fixture(scope="module")
+def swept() -> Page:
+    """Return a page of a sweep, its forecast, its experts and its merges."""
+    return Page(
+        render_report(
+            SWEPT,
+            merges=list(EVALUATED.values()),
+            forecasts=[FORECAST],
+            experts=[COMPARED],
+            evaluated=EVALUATED,
+        )
+    )
+
+
+def test_curves_stand_beside_the_best_and_the_untuned_scale(swept: Page) -> None:
+    assert "Over the scale α" in swept.text
+    assert re.search(r"TaskArithmetic 0\.5 – 1 – – – – – – –", swept.text)  # one task is missing
+    whole = Page(render_report(Evaluation(SWEPT.rows[2:]), evaluated=EVALUATED)).text
+    assert "TaskArithmetic 0.5 – 1 70.0 0.5 60.0 0.500 0.5 0.900 1.80" in whole
+
+
+def test_forecast_stands_beside_what_was_measured(swept: Page) -> None:
+    assert "The smallest expected total is at a scale of 0.4." in swept.text
+    assert re.search(r"low a 0\.5 0\.02 \+0\.100 high a 1 0\.03 \+0\.500", swept.text)
+    assert "75.0 %" in swept.text  # of the first module
+
+
+def test_experts_are_shown_by_layer_and_pair(swept: Page) -> None:
+    assert "exact, sampled 3000 0123456789ab" in swept.text
+    assert re.search(r"net\.1 4 10 1 1 0\.5 ", swept.text)  # curvature, then sizes
+    assert re.search(r"net\.1 0\.50 0\.75 ", swept.text)  # cosine and sign agreement
+    assert re.search(r"all layers 8 10 1 1 0\.5 ", swept.text)
+
+
+def test_merges_can_be_repeated_and_their_tensors_filtered(swept: Page) -> None:
+    assert "class_path: lit_merge.methods.TaskArithmetic" in swept.text
+    assert "Every tensor was treated as in runs/0.5" in swept.text
+    radios = [value for tag, name, value in swept.attributes if tag == "input" and name == "class"]
+    assert radios == ["pick-0", "pick-1"]
+    shown = [value for tag, name, value in swept.attributes if tag == "tr" and name == "class"]
+    assert [value for value in shown if value.startswith("act")] == ["act-0", "act-0", "act-1"]
+    assert "lit-merge evaluate --config evaluate.yaml" in swept.text
+
+
+def test_hostile_names_of_the_new_parts_are_escaped(swept: Page) -> None:
+    assert "script" not in swept.tags
+    assert swept.text.count('<script>alert("x")</script> & $x^2$') >= 12
+
+
+def test_perplexity_is_shown_where_a_task_has_one() -> None:
+    rows = tuple(
+        EvaluationRow("m", "merged", task, 0.5, 10, nll, perplexity=math.exp(nll))
+        for task, nll in (("a", 1.0), ("b", 3.0))
+    )
+    text = Page(render_report(Evaluation(rows))).text
+    assert "NLL perplexity m merged" in text
+    assert re.search(r" 2\.000 7\.389 ", text)  # the means: exp of the mean
+    assert re.search(r"m 2\.718 1\.000 20\.09 3\.000", text)
+    assert "perplexity" not in Page(render_report(EVALUATION)).text.replace("perplexity is", "")
+
+
+def test_large_report_is_made_in_seconds_and_is_small() -> None:
+    tensors = tuple(
+        TensorRecord(f"encoder.layer.{i}.weight", "merge", "weights", (768, 768), "float32")
+        for i in range(200)
+    )
+    rows = [EvaluationRow(f"expert {t}", "expert", f"task {t}", 0.9, 500, 0.3) for t in range(4)]
+    records = {}
+    for index in range(30):
+        name = f"model {index}"
+        rows += [
+            EvaluationRow(name, "merged", f"task {t}", 0.5 + index / 100, 500, 1 + index / 30)
+            for t in range(4)
+        ]
+        one = merged_with(0.1 * (1 + index))
+        records[name] = MergeRecord(name, one.method, one.tasks, tensors, provenance=one.provenance)
+    began = time.process_time()
+    page = render_report(Evaluation(tuple(rows)), merges=list(records.values()), evaluated=records)
+    assert time.process_time() - began < 12  # about four on a busy machine
+    assert len(page) < 3e6
 
 
 def test_groups_that_were_not_permuted_have_no_table() -> None:

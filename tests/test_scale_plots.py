@@ -7,7 +7,8 @@ import torch
 
 from lit_merge.evaluation import Evaluation, VarianceRow
 from lit_merge.report.drawing import HEAT_LEVELS
-from lit_merge.report.scale_plots import heat_level, scale_panels, short_names
+from lit_merge.report.heat_map import heat_level
+from lit_merge.report.scale_plots import scale_panels, short_names
 from lit_merge.report.scales import CorrectionScales, SiteScales
 
 TASKS = ("a", "b")

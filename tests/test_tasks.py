@@ -15,10 +15,10 @@ from lit_merge.tasks import (
     IGNORED,
     DatasetTask,
     MultiTaskDataModule,
-    NoLoaders,
     TaskDataModule,
     TextTask,
 )
+from lit_merge.tasks.data_modules import NoLoaders
 
 
 def numbers(count: int, width: int = 2) -> TensorDataset:

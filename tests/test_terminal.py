@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import math
 from pathlib import Path
 
 import torch
@@ -34,6 +35,21 @@ def test_evaluation_has_accuracy_share_of_the_experts_and_loss_of_every_model() 
     assert probe.split()[1:] == ["87.5", "70.0", "70.0", "–"]
     assert "note: a [note]" in text
     assert "a 100" in text
+
+
+def test_a_language_task_shows_its_perplexity() -> None:
+    console, stream = printed()
+    nll = math.log(20.0)
+    language = EvaluationRow("m", "merged", "news", 0.3, 640, nll, perplexity=20.0)
+    print_evaluation(
+        Evaluation((EvaluationRow("m", "merged", "a", 0.6, 100, 1.0),)), console=console
+    )
+    assert "perplexity" not in stream.getvalue()
+    print_evaluation(Evaluation((language,)), console=console)
+    text = stream.getvalue()
+    line = text.splitlines()[-3].split()
+    assert line == ["m", "–", "30.0", "20", "2.996", "20"]
+    assert "of news perplexity. Test examples or tokens: news 640" in text
 
 
 def test_names_are_no_markup() -> None:

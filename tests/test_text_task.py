@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lit_merge.errors import InputError
+from lit_merge.tasks import MultiTaskDataModule, TaskDataModule
 from lit_merge.tasks.task import IGNORED
 from lit_merge.tasks.text_task import TextTask
 
@@ -155,3 +156,35 @@ def test_real_data_are_read_when_they_are_there(tokenizer):
     inputs, labels = task.collate([task.test[i] for i in range(8)])
     assert inputs["input_ids"].dtype == torch.int64
     assert labels.max() < 6
+
+
+def test_a_test_batch_has_texts_of_like_length(tmp_path, tokenizer):
+    counts = [2, 9, 1, 8, 3, 7]
+    rows = [{"text": " ".join(["film"] * n), "label": n % 2} for n in counts]
+    task = TextTask(test=jsonl(tmp_path / "x.jsonl", rows), tokenizer=tokenizer, num_classes=2)
+    data = TaskDataModule(task, eval_batch_size=2)
+    batches = [
+        (inputs["attention_mask"].sum(1) - 2, labels) for inputs, labels in data.test_dataloader()
+    ]
+    assert [lengths.tolist() for lengths, _ in batches] == [[9, 8], [7, 3], [2, 1]]
+    assert all(torch.equal(lengths % 2, labels) for lengths, labels in batches)
+    loader = MultiTaskDataModule({"x": task}, eval_batch_size=4).test_dataloader()[0]
+    assert [batch.index.tolist() for batch in loader] == [[1, 3, 5, 4], [0, 2]]
+
+
+def test_a_text_is_tokenised_when_it_is_asked_for_and_once(tmp_path, tokenizer):
+    task = TextTask(jsonl(tmp_path / "x.jsonl"), tokenizer=tokenizer, num_classes=2)
+    assert task.train is not None
+    made = task.tokenizer
+    asked: list[str] = []
+
+    def counting(text: str, **options: object) -> object:
+        asked.append(text)
+        return made(text, **options)
+
+    task._tokenizer = counting
+    examples = TextTask.load(task, "train")
+    assert examples is not None
+    assert asked == []
+    assert examples[1] == examples[1]
+    assert asked == ["bad"]

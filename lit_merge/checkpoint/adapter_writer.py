@@ -27,6 +27,8 @@ from lit_merge.errors import InputError
 RECORD = "truncation.json"
 
 _CHUNK = 1 << 20  # elements compared at a time
+# PEFT's types of models for which it wants a head in every adapter; there is none in ours.
+_WITH_HEAD = ("SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS")
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,8 @@ def write_adapter(
         alpha: ``lora_alpha``; None for r, that is a scaling of 1.
         others: What to do when other tensors differ: "refuse", or "drop" their differences.
         base_model: What PEFT shall load as the base: a path or a name on the hub.
-        task_type: PEFT's name of the kind of model, such as "CAUSAL_LM".
+        task_type: PEFT's name of the kind of model, such as "CAUSAL_LM". Those with a head of their
+            own are left out, for a head is no part of ΔW.
         advance: Called with the size in bytes of each weight that is done.
 
     Raises:
@@ -136,7 +139,7 @@ def write_adapter(
             advance(base.infos[name].nbytes)
     config = {
         "peft_type": "LORA",
-        "task_type": task_type,
+        "task_type": None if task_type in _WITH_HEAD else task_type,
         "base_model_name_or_path": base_model,
         "r": rank,
         "lora_alpha": int(alpha) if alpha.is_integer() else alpha,

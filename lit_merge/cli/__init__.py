@@ -5,7 +5,8 @@ runs. ``lit-merge --help`` and ``lit-merge COMMAND --help`` therefore print the 
 :mod:`lit_merge.cli.commands`; ``lit-merge COMMAND --help_all`` builds the command's parser and
 prints every option there is.
 
-Exit status: 0 done, 1 a bug (with its traceback), 2 an input that cannot be used, 130 interrupted.
+Exit status: 0 done, 1 a bug (with its traceback), 2 an input that cannot be used, 3 no room, 130
+interrupted, 143 terminated; see :mod:`lit_merge.cli.stopping`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,16 @@ from collections.abc import Callable, Sequence
 
 import lit_merge
 from lit_merge.cli.commands import COMMANDS, Command, overview
-from lit_merge.errors import InputError
-
-INPUT_ERROR = 2
-INTERRUPTED = 130
+from lit_merge.cli.stopping import (
+    INPUT_ERROR,
+    NO_ROOM,
+    Terminated,
+    is_out_of_memory,
+    status_of_exit,
+    status_of_interrupt,
+    terminating_in_order,
+)
+from lit_merge.errors import InputError, NoRoomError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,22 +45,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        status = _dispatch(arguments)
+        with terminating_in_order():
+            status = _dispatch(arguments)
         sys.stdout.flush()
         return status
     except InputError as error:
         if os.environ.get("LIT_MERGE_TRACEBACK") == "1":
             raise
         print(f"lit-merge: error: {error}", file=sys.stderr)
-        return INPUT_ERROR
-    except KeyboardInterrupt:
-        print("lit-merge: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        return NO_ROOM if isinstance(error, NoRoomError) else INPUT_ERROR
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error) or os.environ.get("LIT_MERGE_TRACEBACK") == "1":
+            raise
+        reason = (str(error).splitlines() or ["nothing left"])[0]
+        print(
+            f"lit-merge: error: memory: must hold the models and a batch; got {reason!r}. Lower "
+            "the batch size, or use a machine or device with more.",
+            file=sys.stderr,
+        )
+        return NO_ROOM
+    except KeyboardInterrupt as error:
+        how = "terminated" if isinstance(error, Terminated) else "interrupted"
+        print(f"lit-merge: {how}", file=sys.stderr)
+        return status_of_interrupt(error)
     except BrokenPipeError:  # "lit-merge inspect … | head": the reader has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except SystemExit as stop:  # a parser has printed a help page or a configuration
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        return status_of_exit(stop)
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -15,6 +15,7 @@ from torch import nn
 import lit_merge.tasks  # noqa: F401
 from lit_merge.align import AlignResult, align
 from lit_merge.alignment.groups import ExpertGroup
+from lit_merge.cli.json_output import add_json, json_result
 from lit_merge.cli.parsing import add_switch, command_parser, instantiate, parse
 from lit_merge.cli.training import quiet
 from lit_merge.merged.aligned_folder import num_moved
@@ -52,6 +53,7 @@ def align_parser() -> ArgumentParser:
     add_switch(parser, "curvature", "Weight the comparison of weights by the bases' Hessians.")
     add_switch(parser, "cycle_consistent", "Match every base with all others, not with the first.")
     add_switch(parser, "replace", "Replace an existing output folder.")
+    add_json(parser)
     return parser
 
 
@@ -67,8 +69,37 @@ def main(argv: Sequence[str]) -> int:
     require_free(config.output, replace=config.replace)
     options = instantiate(parser, config).as_dict()
     del options["config"]
-    print_alignment(align(**options))
+    with json_result("align", asked=options.pop("json")) as shown:
+        result = align(**options)
+        if shown.asked:
+            shown.show(alignment_content(result), output=result.path)
+        else:
+            print_alignment(result)
     return 0
+
+
+def alignment_content(result: AlignResult) -> dict[str, object]:
+    """Return what was aligned, for JSON."""
+    found = result.alignment
+    return {
+        "groups": result.groups,
+        "by": found.by,
+        "objective": {"before": found.before, "after": found.after},
+        "symmetries": [
+            {
+                "name": symmetry.name,
+                "size": symmetry.size,
+                "inside": symmetry.inside,
+                "moved": {
+                    g: num_moved(own[symmetry.name]) for g, own in found.permutations.items()
+                },
+                "similarity": {g: own[symmetry.name] for g, own in found.similarity.items()},
+            }
+            for symmetry in result.symmetries
+        ],
+        "rejected": result.rejected,
+        "differences": result.differences,
+    }
 
 
 def print_alignment(result: AlignResult, *, console: Console | None = None) -> None:

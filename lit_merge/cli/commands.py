@@ -53,6 +53,7 @@ class Command:
 _CONFIG = ("--config FILE", "YAML with any of the options; may be given several times")
 _TRAINER = ("--trainer.NAME VALUE", "an argument of the Trainer: accelerator, devices, strategy, …")
 _REPLACE = ("--replace", "replace an existing output")
+_JSON = ("--json", "print one JSON object instead of text")
 _NETWORK = ("--model CLASS", "the network: TransformersClassifier, TimmClassifier, an nn.Module")
 
 COMMANDS: tuple[Command, ...] = (
@@ -73,7 +74,9 @@ COMMANDS: tuple[Command, ...] = (
             ("--data CLASS", "a LightningDataModule: TaskDataModule, your own"),
             _TRAINER,
             ("--trainer.callbacks+=CLASS", "add a callback: DiagonalHessian, ActivationStatistics"),
+            ("--trainer.logger CLASS", "CSVLogger, TensorBoardLogger: losses and learning rates"),
             ("--ckpt_path FILE", "resume a training run from this Lightning checkpoint"),
+            _JSON,
         ),
         example="lit-merge fit --config configs/fit_text.yaml --trainer.max_epochs 1",
     ),
@@ -98,6 +101,7 @@ COMMANDS: tuple[Command, ...] = (
             ("--kronecker true", "gather Kronecker factors as well: for MaTS"),
             _TRAINER,
             _REPLACE,
+            _JSON,
         ),
         example="lit-merge curvature --config configs/curvature.yaml",
     ),
@@ -119,6 +123,7 @@ COMMANDS: tuple[Command, ...] = (
             ("--cycle_consistent", "match every base with all others"),
             ("--output FOLDER", "the folder to write"),
             _REPLACE,
+            _JSON,
         ),
         example="lit-merge align --config configs/align.yaml --by weights",
     ),
@@ -146,6 +151,7 @@ COMMANDS: tuple[Command, ...] = (
             ("--format FORM", "safetensors, lightning, distributed or adapter"),
             ("--plan", "say what would happen to each tensor, and write nothing"),
             _REPLACE,
+            _JSON,
         ),
         example="lit-merge merge --config configs/merge.yaml --method TIES --method.density 0.2",
     ),
@@ -166,8 +172,8 @@ COMMANDS: tuple[Command, ...] = (
             ("--weighting WORD", "mean: every task counts alike; sum: every training example does"),
             ("--output FILE", "the .json file to write; a merge's folder here is left alone"),
             ("--plot FILE", "the picture to write: .png, .svg or .pdf"),
-            ("--json", "print the forecast as JSON instead of tables"),
             _REPLACE,
+            _JSON,
         ),
         example="lit-merge forecast --config configs/merge.yaml --plot forecast.png",
     ),
@@ -196,6 +202,7 @@ COMMANDS: tuple[Command, ...] = (
             ("--holdout SHARE", "examples to measure on; the fit ends with its best state"),
             _TRAINER,
             _REPLACE,
+            _JSON,
         ),
         example="lit-merge correct --config configs/correct.yaml --trainer.max_steps 100",
     ),
@@ -214,9 +221,9 @@ COMMANDS: tuple[Command, ...] = (
             ("--linear_probe", "add the control: a linear head fitted on the base's features"),
             ("--variance", "measure the activations' variance by site"),
             ("--output FILE", "the evaluation.json to write"),
-            ("--json", "print the evaluation as JSON instead of a table"),
             _TRAINER,
             _REPLACE,
+            _JSON,
         ),
         example="lit-merge evaluate --config configs/evaluate.yaml --json",
     ),
@@ -244,37 +251,71 @@ COMMANDS: tuple[Command, ...] = (
             ("--format NAME", "safetensors, lightning, or multi_task: all tasks in one file"),
             ("--dtype NAME", "the floating type to write"),
             _REPLACE,
+            _JSON,
         ),
         example="lit-merge export --merged merged/ --task svhn --output svhn/",
     ),
     Command(
         name="report",
         summary="write one self-contained HTML page from evaluation.json and merged folders",
-        function="lit_merge.cli.files:report",
+        function="lit_merge.cli.report:main",
         usage="FILE [FILE …] [options]",
-        text="Tables, plots, what each step brings, the learned scales, the record of every tensor "
-        "and the provenance, in one file without external parts.",
+        text="Tables, plots, what each step brings, curves over the scale, what the experts have "
+        "in common by layer, forecast against measured, the learned scales, the record of every "
+        "tensor and how to repeat it, in one file without external parts.",
         options=(
-            ("FILE", "evaluation.json; merged, corrected or aligned folders; in any order"),
+            ("FILE", "evaluation.json, forecast.json; merged, corrected, aligned, expert folders"),
+            ("--base PATH", "what expert folders were fine-tuned from"),
+            ("--overlap false", "do not read the experts of merges to compare them"),
             ("--output FILE", "the HTML file to write (default: report.html)"),
             ("--title TEXT", "the page's title"),
             _REPLACE,
+            _JSON,
         ),
         example="lit-merge report evaluation.json merged/ corrected/ --output report.html",
     ),
     Command(
         name="inspect",
-        summary="say what a checkpoint, expert, merged or corrected folder holds",
-        function="lit_merge.cli.files:inspect",
+        summary="say what a file or folder holds, and what is wrong with it",
+        function="lit_merge.cli.inspect:main",
         usage="PATH [PATH …] [options]",
-        text="Kind, tensors, sizes, types, fingerprint, and a summary of the curvature and of the "
-        "activation statistics.",
+        text="Kind, tensors, sizes, types, fingerprint, state of the training, a summary of the "
+        "curvature, and warnings: NaN, a Hessian of other weights, missing shards, what a stopped "
+        "run has left. Takes checkpoints of every kind, adapters, what lit-merge writes, records "
+        "and YAML; several experts are compared. Runs nothing that is in a file.",
         options=(
-            ("PATH", "a checkpoint file or a folder"),
+            ("PATH", "a file or a folder"),
             ("--tensors", "list every tensor"),
-            ("--json", "print JSON instead of a table"),
+            ("--headers", "read no weights: faster, but NaN in them is not found"),
+            _JSON,
         ),
-        example="lit-merge inspect runs/svhn/checkpoints/expert",
+        example="lit-merge inspect runs/svhn runs/dtd",
+    ),
+    Command(
+        name="run",
+        summary="run a recipe: a whole experiment, from training to the report, in one YAML",
+        function="lit_merge.cli.run:main",
+        usage="--config FILE [options]",
+        text="Runs the commands of a recipe, one after the other, with its variables filled in. "
+        "Each command's options are kept in the run's folder, under steps/, so that it can be "
+        "repeated by hand. When the same recipe is run again, what is done is skipped, and what "
+        "has changed is done again with all after it.",
+        options=(
+            ("--config FILE", "the recipe: variables and steps"),
+            ("--variables.NAME VALUE", "another value for one of its variables"),
+            ("--list", "say what would be done, and do nothing"),
+        ),
+        example="lit-merge run --config configs/run_text.yaml --variables.output runs/text-1",
+    ),
+    Command(
+        name="completion",
+        summary="print a script with which bash, zsh or fish completes lit-merge's commands",
+        function="lit_merge.cli.completion:main",
+        usage="SHELL",
+        text="Completes commands, options, the names of classes and files. The script knows the "
+        "installed version; print it again after an update.",
+        options=(("SHELL", "bash, zsh or fish"),),
+        example='eval "$(lit-merge completion bash)"    # in ~/.bashrc',
     ),
     Command(
         name="demo",
@@ -299,5 +340,8 @@ def overview() -> str:
         '"lit-merge COMMAND --help" describes a command, "--help_all" lists all its options, and\n'
         '"--print_config" prints a configuration to start from.\n\n'
         "Several devices: lit-merge fit … --trainer.devices 2, or torchrun … -m lit_merge fit …\n"
-        "LIT_MERGE_TRACEBACK=1 shows the traceback of an input error."
+        "LIT_MERGE_TRACEBACK=1 shows the traceback of an input error.\n\n"
+        "exit status:\n"
+        "  0 done, 1 a bug, 2 an input that cannot be used, 3 out of memory or disk space,\n"
+        "  130 interrupted, 143 terminated"
     )

@@ -8,14 +8,24 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
+from lightning.pytorch import Trainer
 from torch import nn
 
 from lit_merge.cli.groups import add_groups, align_groups, aligned_folder, require_alone
+from lit_merge.cli.json_output import add_json, json_result
 from lit_merge.cli.parsing import add_switch, instantiate, parse
-from lit_merge.cli.training import add_tasks, make_trainer, quiet, training_parser
+from lit_merge.cli.training import (
+    add_tasks,
+    log_learning_rates,
+    make_trainer,
+    measured,
+    quiet,
+    training_parser,
+)
 from lit_merge.correction import RescaleShift
 from lit_merge.errors import InputError
 from lit_merge.module import MergeModule
@@ -28,6 +38,7 @@ TRAINER = {
     "enable_checkpointing": False,
     "enable_model_summary": False,
     "num_sanity_val_steps": 0,
+    "log_every_n_steps": 5,  # of a short fit; a divisor of holdout_every, whose losses it logs
 }
 """The command's own defaults for the Trainer."""
 
@@ -70,6 +81,7 @@ def correct_parser() -> ArgumentParser:
         parser.add_class_arguments(kind, skip=set(left_out))
     parser.add_argument("--output", type=str, required=True, help="The corrected folder to write.")
     add_switch(parser, "replace", "Replace an existing output.")
+    add_json(parser)
     return parser
 
 
@@ -87,7 +99,25 @@ def main(argv: Sequence[str]) -> int:
     _require_start(config)
     folder = aligned_folder(config) if config.groups else None
     options = instantiate(parser, config)
+    with json_result("correct", asked=options.json) as result:
+        trainer, path = _correct(options, folder)
+        if trainer.is_global_zero and result.asked:
+            told = {"tasks": list(options.tasks), "steps": trainer.global_step}
+            result.show({**told, "metrics": measured(trainer)}, output=path)
+        elif trainer.is_global_zero:
+            print(f"corrected: {path}")
+    return 0
+
+
+def _correct(options: Namespace, folder: Path | None) -> tuple[Trainer, Path]:
+    """Correct, into the output; return the Trainer that did and the folder.
+
+    Args:
+        options: The options, instantiated.
+        folder: Where experts of several bases are aligned to; None for one base.
+    """
     trainer = make_trainer(options)
+    log_learning_rates(trainer)
     base, experts = options.base, options.experts
     if folder is not None:
         base, experts = align_groups(options, folder, model=options.model, tasks=options.tasks)
@@ -104,10 +134,7 @@ def main(argv: Sequence[str]) -> int:
         options.tasks, seed=options.seed_everything, **_settings(options, MultiTaskDataModule)
     )
     trainer.fit(module, datamodule=data)
-    path = module.save_corrected(options.output, replace=options.replace)
-    if trainer.is_global_zero:
-        print(f"corrected: {path}")
-    return 0
+    return trainer, module.save_corrected(options.output, replace=options.replace)
 
 
 def _require_start(config: Namespace) -> None:

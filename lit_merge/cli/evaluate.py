@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from dataclasses import replace
 from jsonargparse import ArgumentParser
 from torch import nn
 
+from lit_merge.cli.json_output import add_json, json_result
 from lit_merge.cli.parsing import add_switch, given_options, instantiate, parse
 from lit_merge.cli.training import add_tasks, make_trainer, quiet, training_parser
 from lit_merge.evaluation.file import write_evaluation
@@ -47,7 +47,7 @@ def evaluate_parser() -> ArgumentParser:
         "--output", type=str, default="evaluation.json", help="The evaluation.json to write."
     )
     add_switch(parser, "replace", "Replace an existing output.")
-    add_switch(parser, "json", "Print the evaluation as JSON instead of a table.")
+    add_json(parser)
     return parser
 
 
@@ -62,31 +62,31 @@ def main(argv: Sequence[str]) -> int:
     config = parse(parser, argv)
     require_free_file(config.output, replace=config.replace)
     options = instantiate(parser, config)
-    with redirect_stdout(sys.stderr):  # Lightning's progress bars; our output is the table
-        trainer = make_trainer(options)
-        evaluation = evaluate(
-            trainer,
-            options.model,
-            options.models,
-            options.tasks,
-            probe=options.linear_probe,
-            variance=options.variance,
-            seed=options.seed_everything,
-            batch_size=options.batch_size,
-            examples=options.examples,
-            sites=options.sites,
-            policy=options.policy,
-        )
-    if not trainer.is_global_zero:
-        return 0
-    command = shlex.join(["lit-merge", "evaluate", *argv])
-    made = {"command": command, "configuration": given_options(parser, config)}
-    evaluation = replace(evaluation, provenance={**evaluation.provenance, **made})
-    path = write_evaluation(config.output, evaluation, replace=config.replace)
-    if options.json:
-        json.dump(evaluation.as_dict(), sys.stdout, indent=2, ensure_ascii=False)
-        print()
-    else:
-        print_evaluation(evaluation)
-        print(f"evaluation: {path}")
+    with json_result("evaluate", asked=options.json) as result:
+        with redirect_stdout(sys.stderr):  # Lightning's progress bars; our output is the table
+            trainer = make_trainer(options)
+            evaluation = evaluate(
+                trainer,
+                options.model,
+                options.models,
+                options.tasks,
+                probe=options.linear_probe,
+                variance=options.variance,
+                seed=options.seed_everything,
+                batch_size=options.batch_size,
+                examples=options.examples,
+                sites=options.sites,
+                policy=options.policy,
+            )
+        if not trainer.is_global_zero:
+            return 0
+        command = shlex.join(["lit-merge", "evaluate", *argv])
+        made = {"command": command, "configuration": given_options(parser, config)}
+        evaluation = replace(evaluation, provenance={**evaluation.provenance, **made})
+        path = write_evaluation(config.output, evaluation, replace=config.replace)
+        if result.asked:
+            result.show(evaluation.as_dict(), output=path)
+        else:
+            print_evaluation(evaluation)
+            print(f"evaluation: {path}")
     return 0

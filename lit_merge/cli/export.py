@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torch import nn
 
 # Imported for its classes: a configuration may name those that exist by their short names.
 import lit_merge.tasks  # noqa: F401
+from lit_merge.cli.json_output import JsonResult, add_json, json_result
 from lit_merge.cli.parsing import (
     add_switch,
     command_parser,
@@ -76,6 +77,7 @@ def export_parser() -> ArgumentParser:
         "--dtype", type=str | None, help="The floating type to write; the merge's by default."
     )
     add_switch(parser, "replace", "Replace existing output folders.")
+    add_json(parser)
     return parser
 
 
@@ -90,10 +92,23 @@ def main(argv: Sequence[str]) -> int:
     options = parse(parser, argv)
     if not is_first_process():
         return 0
+    with json_result("export", asked=options.json) as shown:
+        results = []
+        for result in _export(parser, options):
+            results.append(result)
+            if not shown.asked:
+                _print_result(result)
+        if shown.asked:
+            _show_json(results, options, shown)
+    return 0
+
+
+def _export(parser: ArgumentParser, options: Namespace) -> Iterator[ExportResult]:
+    """Export, and yield what was written."""
     tasks = _tasks(options)
     if options.format == "multi_task":
         options = instantiate(parser, options)
-        result = export_multi_task(
+        yield export_multi_task(
             options.merged,
             options.output,
             model=options.model,
@@ -102,12 +117,11 @@ def main(argv: Sequence[str]) -> int:
             dtype=options.dtype,
             replace=options.replace,
         )
-        _print_result(result)
-        return 0
+        return
     outputs = _outputs(options, tasks)
     options = instantiate(parser, options)
     for task, output in outputs.items():
-        result = export_task(
+        yield export_task(
             options.merged,
             task,
             output,
@@ -119,8 +133,6 @@ def main(argv: Sequence[str]) -> int:
             dtype=options.dtype,
             replace=options.replace,
         )
-        _print_result(result)
-    return 0
 
 
 def _tasks(options: Namespace) -> tuple[str, ...]:
@@ -161,6 +173,23 @@ def _outputs(options: Namespace, tasks: Sequence[str]) -> dict[str, str | Path]:
     for output in outputs.values():
         require_free(output, replace=options.replace)
     return outputs
+
+
+def _show_json(results: Sequence[ExportResult], options: Namespace, shown: JsonResult) -> None:
+    """Print every export's folder, size, error and notes as one object."""
+    exports = [
+        {
+            "task": result.task,
+            "output": result.path,
+            "num_bytes": result.num_bytes,
+            "share": result.share,
+            "error": result.error,
+            "notes": result.notes,
+        }
+        for result in results
+    ]
+    notes = dict.fromkeys(note for result in results for note in result.notes)
+    shown.show({"exports": exports, "notes": list(notes)}, output=options.output)
 
 
 def _print_result(result: ExportResult) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.cli import (
     ArgsType,
     LightningArgumentParser,
@@ -19,8 +19,16 @@ from lightning.pytorch.cli import (
     SaveConfigCallback,
 )
 
-from lit_merge.cli.parsing import parse, parser_settings
-from lit_merge.cli.training import DEFAULT_SEED, check_world_size, quiet, trainer_defaults
+from lit_merge.cli.json_output import add_json, json_result
+from lit_merge.cli.parsing import missing_package, parse, parser_settings
+from lit_merge.cli.training import (
+    DEFAULT_SEED,
+    check_world_size,
+    log_learning_rates,
+    measured,
+    quiet,
+    trainer_defaults,
+)
 
 
 class SaveConfigBesideCheckpoints(SaveConfigCallback):
@@ -75,6 +83,7 @@ class FitCLI(LightningCLI):
             type=str | None,
             help="Lightning checkpoint to resume from; 'last' for the newest.",
         )
+        add_json(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse; without LightningCLI's warning about arguments that are not from sys.argv."""
@@ -85,7 +94,17 @@ class FitCLI(LightningCLI):
         """Make the Trainer and hold it against the processes that were started."""
         trainer = super().instantiate_trainer(**kwargs)
         check_world_size(trainer)
+        log_learning_rates(trainer)
         return trainer
+
+    def instantiate_classes(self) -> None:
+        """Make the classes, of which one may need a package that is not installed."""
+        try:
+            super().instantiate_classes()
+        except (ModuleNotFoundError, ValueError) as error:
+            if missing := missing_package(error):
+                raise missing from error
+            raise
 
 
 def main(argv: Sequence[str]) -> int:
@@ -97,5 +116,16 @@ def main(argv: Sequence[str]) -> int:
     """
     quiet()
     cli = FitCLI(argv)
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
+    with json_result("fit", asked=cli.config.json) as result:
+        trainer = cli.trainer
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=cli.config.ckpt_path)
+        if result.asked and trainer.is_global_zero:
+            callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+            folders = (getattr(callback, "written", None) for callback in callbacks)
+            experts = [folder for folder in folders if folder is not None]
+            checkpoint = trainer.checkpoint_callback
+            best = getattr(checkpoint, "best_model_path", "") or None
+            told = {"checkpoint": best, "epochs": trainer.current_epoch}
+            told |= {"steps": trainer.global_step, "metrics": measured(trainer)}
+            result.show(told, output=next(iter(experts), None))
     return 0

@@ -9,13 +9,13 @@ from __future__ import annotations
 import argparse
 import inspect
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentParser
 
+from lit_merge.cli.json_output import add_json, json_result
 from lit_merge.cli.parsing import (
     add_switch,
     command_parser,
@@ -57,7 +57,7 @@ def forecast_parser() -> ArgumentParser:
     )
     parser.add_argument("--plot", type=str | None, help="The picture to write: .png, .svg or .pdf.")
     add_switch(parser, "replace", "Replace existing outputs.")
-    add_switch(parser, "json", "Print the forecast as JSON instead of tables.")
+    add_json(parser)
     for name in (*_of_the_merge_only(), *_SEVERAL):
         parser.add_argument(f"--{name}", type=Any, help=argparse.SUPPRESS)
     return parser
@@ -89,22 +89,23 @@ def main(argv: Sequence[str]) -> int:
     if options.scale not in (None, "auto"):  # the best one is found in any case
         options.method = with_setting(options.method, "scale", options.scale, "scale")
     arguments = inspect.signature(forecast_merge).parameters
-    forecast = forecast_merge(
-        **{key: value for key, value in options.as_dict().items() if key in arguments}
-    )
-    content = json.dumps(forecast.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-    if output is not None:
-        with new_file(output, replace=options.replace) as partial:
-            partial.write_text(content + "\n", encoding="utf-8")
-    if plot is not None:
-        write_forecast_plot(plot, forecast, replace=options.replace)
-    if options.json:
-        print(content)
-    else:
-        print_forecast(forecast)
+    with json_result("forecast", asked=options.json) as result:
+        forecast = forecast_merge(
+            **{key: value for key, value in options.as_dict().items() if key in arguments}
+        )
+        content = json.dumps(forecast.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        if output is not None:
+            with new_file(output, replace=options.replace) as partial:
+                partial.write_text(content + "\n", encoding="utf-8")
+        if plot is not None:
+            write_forecast_plot(plot, forecast, replace=options.replace)
+        if result.asked:
+            result.show({**forecast.as_dict(), "plot": plot}, output=output)
+            return 0
+    print_forecast(forecast)
     for called, path in (("forecast", output), ("plot", plot)):
         if path is not None:
-            print(f"{called}: {path}", file=sys.stderr if options.json else sys.stdout)
+            print(f"{called}: {path}")
     return 0
 
 

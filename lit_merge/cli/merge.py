@@ -16,6 +16,8 @@ from jsonargparse import ArgumentParser, Namespace
 from torch import nn
 
 from lit_merge.cli.groups import add_groups, align_groups, aligned_folder, require_alone
+from lit_merge.cli.json_output import add_json, json_result
+from lit_merge.cli.merge_json import merges_content, plan_content
 from lit_merge.cli.parsing import (
     add_switch,
     command_parser,
@@ -75,6 +77,7 @@ def merge_parser(*, networks: bool = True) -> ArgumentParser:
     parser.add_function_arguments(merge, skip={*added, "replace", "progress"})
     add_switch(parser, "replace", "Replace an existing output folder.")
     add_switch(parser, "plan", "Check every header, say what would happen, and write nothing.")
+    add_json(parser)
     return parser
 
 
@@ -90,22 +93,30 @@ def main(argv: Sequence[str]) -> int:
     parser = merge_parser(networks=_names_networks(argv))
     config = parse(parser, argv)
     made = instantiate(parser, config)
-    if made.groups:
-        made.base, made.experts = _aligned(made)
-    options = _files(made)
-    only_plan = options.pop("plan")
-    outputs = _outputs(options)
-    if only_plan:
-        if Process.from_environment().rank == 0:
-            for report in plan_all(outputs=outputs, **options):
-                print_plan(report)
-        return 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", MergeWarning)  # shown below the table instead
-        results = merge_all(outputs=outputs, **options)
-    if Process.from_environment().rank == 0:
-        for result in results:
-            print_merge(result)
+    is_first = Process.from_environment().rank == 0
+    with json_result("merge", asked=made.json) as result:
+        if made.groups:
+            made.base, made.experts = _aligned(made)
+        options = _files(made)
+        only_plan = options.pop("plan")
+        outputs = _outputs(options)
+        if only_plan:
+            plans = plan_all(outputs=outputs, **options) if is_first else []
+            if result.asked and is_first:
+                result.show({"plans": [plan_content(plan) for plan in plans]})
+            for plan in () if result.asked else plans:
+                print_plan(plan)
+            return 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", MergeWarning)  # shown below the table instead
+            merges = merge_all(outputs=outputs, **options)
+        if result.asked and is_first:
+            paths = [merge_result.path for merge_result in merges]
+            output = paths[0] if len(paths) == 1 else paths
+            result.show(merges_content(merges), output=output)
+        elif is_first:
+            for merge_result in merges:
+                print_merge(merge_result)
     return 0
 
 
@@ -137,7 +148,7 @@ def _files(options: Namespace) -> dict[str, Any]:
                 f"{name}: must be left out without groups; got {options[name]!r}. Experts of one "
                 "base are merged from their files alone."
             )
-    apart = {"config", "groups", "align", "aligned", "model", "tasks"}
+    apart = {"config", "groups", "align", "aligned", "model", "tasks", "json"}
     return {name: value for name, value in options.as_dict().items() if name not in apart}
 
 

@@ -86,9 +86,32 @@ def instantiate(parser: ArgumentParser, config: Namespace) -> Namespace:
         raise InputError(_message(parser, str(error))) from error
     except InputError:
         raise
-    except ValueError as error:  # of a value of several types, with a message for each
+    except (ModuleNotFoundError, ValueError) as error:
+        # A ValueError is of a value of several types, with a message for each.
+        if missing := missing_package(error):
+            raise missing from error
         own = re.search(r"^\s*- (\S+: must .*)", str(error), re.MULTILINE)
         raise InputError(own[1] if own else _message(parser, str(error))) from error
+
+
+def missing_package(error: BaseException) -> InputError | None:
+    """Return the error for a class that needs a package which is not installed; None for others.
+
+    Args:
+        error: What was raised; jsonargparse wraps what a class raises in errors of its own.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, ModuleNotFoundError):
+        cause = cause.__cause__ or cause.__context__
+    if cause is None:
+        return None
+    reason = (str(cause).splitlines() or ["no such package"])[0].rstrip(".")
+    named = re.search(r"`([\w.-]+)`", reason)
+    package = cause.name or (named[1] if named else "PACKAGE")
+    return InputError(
+        f"configuration: must name classes whose packages are installed; got {reason!r}. Install "
+        f"it (pip install {package}), or name another class."
+    )
 
 
 def given_options(parser: ArgumentParser, config: Namespace) -> str:

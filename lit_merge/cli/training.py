@@ -10,6 +10,7 @@ from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor
 from lightning.pytorch.cli import LightningArgumentParser
 
 # Imported for their classes: a configuration may name those that exist by their short names.
@@ -87,6 +88,18 @@ def make_trainer(options: Namespace, **overrides: Any) -> Trainer:
     trainer = Trainer(**{**options.trainer.as_dict(), **overrides})
     check_world_size(trainer)
     return trainer
+
+
+def log_learning_rates(trainer: Trainer) -> None:
+    """Log the learning rate of every step, where there is a logger."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if trainer.loggers and not any(isinstance(one, LearningRateMonitor) for one in callbacks):
+        callbacks.append(LearningRateMonitor(logging_interval="step"))
+
+
+def measured(trainer: Trainer) -> dict[str, float]:
+    """Return the last value of everything that a fit has logged."""
+    return {name: float(value) for name, value in trainer.callback_metrics.items()}
 
 
 def check_world_size(trainer: Trainer) -> None:

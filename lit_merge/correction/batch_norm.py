@@ -9,6 +9,10 @@ give. Over T tasks with means m_t and variances v_t the mixture has
 
 with p_t equal for all tasks, or each task's share of the values.
 
+:func:`anchor_batch_norm` does it the other way round: it gives a batch norm the statistics of what
+reaches it and changes its affine part so that it computes what it did. Training then begins from
+the same function, whether it normalises by running statistics or by those of a batch.
+
 Note:
     Means are exact over all examples, not PyTorch's exponential averages, and variances divide by n
     as normalisation does in training, not by n − 1 as PyTorch's running variances do.
@@ -16,7 +20,7 @@ Note:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -34,12 +38,19 @@ from lit_merge.errors import InputError
 Weighting: TypeAlias = Literal["task", "example"]
 
 
-def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the batch norms of a model that have running statistics, by name."""
+def batch_norms(model: nn.Module, *, affine: bool = False) -> dict[str, _BatchNorm]:
+    """Return the batch norms of a model that have running statistics, by name.
+
+    Args:
+        model: The network, wrapped or not.
+        affine: Whether to leave out those without scale and shift.
+    """
     return {
         name: module
         for name, module in named_bare_modules(model)
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, _BatchNorm)
+        and module.running_mean is not None
+        and (module.affine or not affine)
     }
 
 
@@ -111,20 +122,95 @@ def reestimate_batch_norm(
             f"model: must have batch norms with running statistics; got a {type(model).__name__} "
             "without. Leave the re-estimation out."
         )
-    sites = [Site(input_of(name), norm.num_features, 1) for name, norm in norms.items()]
-    before = {name: _statistics_of(norm) for name, norm in norms.items()}
 
-    def set_statistics(site: Site, of_tasks: StatisticsOfTasks) -> None:
-        mixed = mix_statistics(of_tasks.values(), weighting=weighting)
-        _set(norms[site.module], mixed.mean, mixed.variance)
+    def set_statistics(norm: _BatchNorm, mixed: ChannelStatistics) -> None:
+        _set(norm, mixed.mean, mixed.variance)
+
+    return _visit(
+        model,
+        norms,
+        batches,
+        set_statistics,
+        context=context,
+        weighting=weighting,
+        forward=forward,
+        mask=mask,
+    )
+
+
+@torch.no_grad()
+def anchor_batch_norm(
+    model: nn.Module,
+    norms: Mapping[str, _BatchNorm],
+    batches: Mapping[int, Iterable[Any]],
+    *,
+    context: TaskContext | None = None,
+    forward: Forward = run_model,
+    mask: MaskOf = attention_mask_of,
+) -> tuple[str, ...]:
+    r"""Give batch norms the statistics of their inputs without changing what they compute.
+
+    With m and v from the calibration examples, all tasks counting the same, scale and shift become
+
+    .. math:: γ' = γ \sqrt{(v + ε) / (v_0 + ε)}, \quad β' = β + γ (m - m_0) / \sqrt{v_0 + ε}
+
+    where m₀ and v₀ are the running statistics before. Least squares leave batch norms that only add
+    an offset (m₀ = 0, v₀ + ε = 1): this makes real ones of them. Collective.
+
+    Args:
+        model: The network; run in evaluation mode.
+        norms: Those of its batch norms to change, from :func:`batch_norms` with ``affine``.
+        batches: Batches of each task's examples, by task index; this rank's share.
+        context: Told the task of each batch; None for a model without per-task parts.
+        forward: Runs the model on a batch; its result is not used.
+        mask: Takes a batch to the mask ``[B, T]`` of the tokens that count, or to None.
+
+    Returns:
+        The names of the batch norms in the order in which they ran.
+
+    Raises:
+        InputError: As :func:`~lit_merge.correction.site_pass.visit_sites`; the model is then as it
+            was.
+    """
+
+    def anchor(norm: _BatchNorm, mixed: ChannelStatistics) -> None:
+        (mean, variance), eps = _statistics_of(norm), norm.eps
+        unit = norm.weight.double() / (variance.double() + eps).sqrt()
+        norm.bias.add_(unit * (mixed.mean - mean))
+        norm.weight.copy_(unit * (mixed.variance + eps).sqrt())
+        _set(norm, mixed.mean, mixed.variance)
+
+    return _visit(
+        model, norms, batches, anchor, context=context, weighting="task", forward=forward, mask=mask
+    )
+
+
+def _visit(
+    model: nn.Module,
+    norms: Mapping[str, _BatchNorm],
+    batches: Mapping[int, Iterable[Any]],
+    change: Callable[[_BatchNorm, ChannelStatistics], None],
+    *,
+    context: TaskContext | None,
+    weighting: Weighting,
+    forward: Forward,
+    mask: MaskOf,
+) -> tuple[str, ...]:
+    """Change batch norms one after the other by what reaches them; undo all if one fails."""
+    sites = [Site(input_of(name), norm.num_features, 1) for name, norm in norms.items()]
+    before = {
+        name: {key: value.clone() for key, value in norm.state_dict().items()}
+        for name, norm in norms.items()
+    }
+
+    def visit(site: Site, of_tasks: StatisticsOfTasks) -> None:
+        change(norms[site.module], mix_statistics(of_tasks.values(), weighting=weighting))
 
     try:
-        ran = visit_sites(
-            model, sites, batches, set_statistics, context=context, forward=forward, mask=mask
-        )
+        ran = visit_sites(model, sites, batches, visit, context=context, forward=forward, mask=mask)
     except Exception:
-        for name, (mean, variance) in before.items():
-            _set(norms[name], mean, variance)
+        for name, state in before.items():
+            norms[name].load_state_dict(state)
         raise
     return tuple(name.removesuffix(input_of("")) for name in ran)
 
@@ -132,7 +218,7 @@ def reestimate_batch_norm(
 def _statistics_of(norm: _BatchNorm) -> tuple[torch.Tensor, torch.Tensor]:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    return norm.running_mean.clone(), norm.running_var.clone()
+    return norm.running_mean, norm.running_var
 
 
 def _set(norm: _BatchNorm, mean: torch.Tensor, variance: torch.Tensor) -> None:

@@ -50,10 +50,11 @@ def match_statistics(
     Returns:
         Scale and shift, float64 ``[C]`` each.
 
-    >>> merged = ChannelStatistics(4, torch.tensor([1.0]), torch.tensor([4.0]))
-    >>> expert = ChannelStatistics(4, torch.tensor([5.0]), torch.tensor([36.0]))
-    >>> [value.item() for value in match_statistics(merged, expert)]
-    [3.0, 2.0]
+    Example:
+        >>> merged = ChannelStatistics(4, torch.tensor([1.0]), torch.tensor([4.0]))
+        >>> expert = ChannelStatistics(4, torch.tensor([5.0]), torch.tensor([36.0]))
+        >>> [value.item() for value in match_statistics(merged, expert)]
+        [3.0, 2.0]
     """
     variance = merged.variance
     rounding = (torch.finfo(torch.float32).eps * merged.mean).square()

@@ -1,10 +1,12 @@
 """What was measured: every model on every task, and the table over it.
 
 An :class:`Evaluation` holds one :class:`EvaluationRow` per (model, task), with the accuracy as a
-share in [0, 1] and the negative log-likelihood in nats per example. Each task has at most one
-expert; a model's accuracy on a task divided by that expert's is its *normalised* accuracy, and the
-mean of it over the tasks is the number that merging papers report. Nothing here needs torch: the
-record can be read, tabulated and plotted on a machine that could not run the models.
+share in [0, 1] and the negative log-likelihood in nats per label. On a language task every token is
+a label; there the perplexity, exp of the negative log-likelihood, is what people read. Each task
+has at most one expert; a model's accuracy on a task divided by that expert's is its *normalised*
+accuracy, and the mean of it over the tasks is the number that merging papers report. Nothing here
+needs torch: the record can be read, tabulated and plotted on a machine that could not run the
+models.
 """
 
 from __future__ import annotations
@@ -17,8 +19,11 @@ from typing import Any, Literal, get_args
 
 from lit_merge.errors import InputError
 
-FORMAT_VERSION = 2
-"""Version of ``evaluation.json`` that is written, and the newest that is read; 1 had no stages."""
+FORMAT_VERSION = 3
+"""Version of ``evaluation.json`` that is written, and the newest that is read.
+
+1 had no stages, 2 no perplexity.
+"""
 
 Kind = Literal["expert", "base", "control", "merged", "corrected"]
 """What a model is; the table lists the kinds in this order."""
@@ -41,11 +46,13 @@ class EvaluationRow:
         kind: What the model is.
         task: The task's name.
         accuracy: Share of the test examples that were classified correctly, in [0, 1].
-        num_examples: How many test examples there were, at least 1.
+        num_examples: How many test examples there were, at least 1; of a language task, how many
+            tokens were to be said.
         nll: Mean negative log-likelihood of the true labels in nats; None where there is none, as
             for a control without probabilities.
         stage: Which step of one pipeline a merged or corrected model is the result of, counted from
             1; None for a model that is no such step. See :meth:`Evaluation.stages`.
+        perplexity: exp(nll) on a language task, at least 1; None on others.
     """
 
     model: str
@@ -55,6 +62,7 @@ class EvaluationRow:
     num_examples: int
     nll: float | None = None
     stage: int | None = None
+    perplexity: float | None = None
 
     def __post_init__(self) -> None:
         place = f'row (model "{self.model}", task "{self.task}")'
@@ -84,6 +92,12 @@ class EvaluationRow:
             self.stage is None or self.kind in STAGED,
             f"{place}: stage must be left out but for the kinds {' and '.join(STAGED)}; got "
             f"{self.stage} for kind {self.kind}.",
+        )
+        expected = None if self.nll is None else perplexity_of(self.nll)
+        _require(
+            self.perplexity is None
+            or (expected is not None and math.isclose(self.perplexity, expected, rel_tol=1e-6)),
+            f"{place}: perplexity must be exp(nll), {expected}; got {self.perplexity}.",
         )
 
     @property
@@ -130,6 +144,8 @@ class TableLine:
         normalised: Mean over the tasks of accuracy / the expert's accuracy; None when one is
             missing.
         nll: Mean negative log-likelihood over the tasks; None when one is missing.
+        perplexity: Geometric mean of the perplexities over the tasks; None when one is missing or
+            no language task.
     """
 
     model: str
@@ -138,6 +154,7 @@ class TableLine:
     accuracy: float | None
     normalised: float | None
     nll: float | None
+    perplexity: float | None = None
 
 
 @dataclass(frozen=True)
@@ -247,13 +264,16 @@ class Evaluation:
         )
         rows = [cell for cell in cells if cell is not None]
         whole = len(rows) == len(cells)
+        nll = _mean([row.nll for row in rows]) if whole else None
+        language = all(row.perplexity is not None for row in rows)
         return TableLine(
             model=name,
             kind=kind,
             cells=cells,
             accuracy=_mean([row.accuracy for row in rows]) if whole else None,
             normalised=_mean([self.normalised(row) for row in rows]) if whole else None,
-            nll=_mean([row.nll for row in rows]) if whole else None,
+            nll=nll,
+            perplexity=perplexity_of(nll) if nll is not None and language else None,
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -265,6 +285,18 @@ class Evaluation:
             "notes": list(self.notes),
             "provenance": dict(self.provenance),
         }
+
+
+def perplexity_of(nll: float) -> float:
+    """Return exp(nll): among how many equally likely tokens a model chooses.
+
+    Args:
+        nll: Mean negative log-likelihood of a token in nats.
+
+    >>> round(perplexity_of(math.log(50.0)), 6)
+    50.0
+    """
+    return math.exp(min(nll, 700.0))  # the largest number is exp(709.8)
 
 
 def wilson_interval(accuracy: float, num_examples: int) -> tuple[float, float]:

@@ -2,7 +2,9 @@
 
 Every model becomes a :class:`~lit_merge.module.MergeModule`, so that one code tests all of them: a
 base is a merge that adds nothing (with the experts' heads), an expert a merge of one. A merge with
-masks is as many models as it has tasks: each is built, tested and dropped in turn.
+masks is as many models as it has tasks: each is built, tested and dropped in turn. A base or merge
+that has nothing of any task's own, neither heads nor corrections, is tested on every task that it
+fits, whatever its experts' tasks were called.
 :func:`evaluate` also fits the control that a correction must beat, a linear head on the base's
 features, and gathers the activations' variance by site.
 """
@@ -27,7 +29,7 @@ from lit_merge.correction.linear_probe import linear_probe
 from lit_merge.correction.routing import TaskRouter
 from lit_merge.correction.statistics import gather_statistics, variance_by_site
 from lit_merge.errors import InputError
-from lit_merge.evaluation import Evaluation, EvaluationRow, Kind, VarianceRow
+from lit_merge.evaluation import Evaluation, EvaluationRow, Kind, VarianceRow, perplexity_of
 from lit_merge.evaluation.model_entry import ModelEntry, is_merged, resolve_entries
 from lit_merge.expert.info import current_versions
 from lit_merge.heads import detect_heads
@@ -197,10 +199,28 @@ class _Bench:
                     self.model, experts=experts, base=base, method=method, policy=self.policy
                 )
             module.configure_model()
+            if entry.kind != "expert":
+                self._widen(module, source=entry.path)
         except InputError as error:
             raise InputError(f'model "{name}": {error}') from error
         self._require_tasks(name, module.tasks)
         return module
+
+    def _widen(self, module: MergeModule, *, source: str) -> None:
+        """Let a model that is the same for all tasks be tested on every one that it fits."""
+        merged = _network_of(module)
+        corrected = bool(module.calibrated) and bool(merged.sites)
+        if merged.head_names or corrected or merged.surgery_rank:
+            return
+        width = merged.num_classes()[0]
+        fit = [
+            name
+            for name, task in self.tasks.items()
+            if name in module.tasks or width is None or task.misfit(width) is None
+        ]
+        if fit and set(fit) != set(module.tasks):
+            module.merged = module.build(fit, {}, (), source=source)
+            module.merged.load_shared(merged.shared_state())
 
     def data(self, module: MergeModule) -> MultiTaskDataModule:
         """Return the examples of a model's tasks."""
@@ -215,6 +235,7 @@ class _Bench:
         for task in module.tasks:
             count = self._num_test(task)
             share = float(measured[f"test/{task}/accuracy"])
+            nll = float(measured[f"test/{task}/nll"])
             rows.append(
                 EvaluationRow(
                     model=name,
@@ -222,8 +243,9 @@ class _Bench:
                     task=task,
                     accuracy=round(share * count) / count,  # the share itself is a float32
                     num_examples=count,
-                    nll=float(measured[f"test/{task}/nll"]),
+                    nll=nll,
                     stage=self.entries[name].stage,
+                    perplexity=perplexity_of(nll) if self.tasks[task].has_perplexity else None,
                 )
             )
         return rows
@@ -239,6 +261,9 @@ class _Bench:
         for index, task in enumerate(module.tasks):
             if self.tasks[task].unlabelled:
                 notes.append(f"linear probe: left out for {task}, whose examples have no labels")
+                continue
+            if self.tasks[task].has_perplexity:
+                notes.append(f"linear probe: left out for {task}, a language task, without a head")
                 continue
             batch = data.calibration_batch(task, num_examples=examples, seed=self.seed)
             accuracy = linear_probe(
@@ -299,7 +324,7 @@ class _Bench:
             )
 
     def _num_test(self, task: str) -> int:
-        return len(self.tasks[task].test or ())
+        return len(self.tasks[task].test or ()) * self.tasks[task].labels_per_example
 
     def _placed(self, module: MergeModule) -> MergedNetwork:
         merged = _network_of(module)

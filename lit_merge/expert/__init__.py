@@ -243,6 +243,7 @@ def add_to_expert(
     activations: Mapping[str, Tensor] | None = None,
     gram: Mapping[str, Tensor] | None = None,
     kronecker: Mapping[str, Tensor] | None = None,
+    base: Checkpoint | None = None,
 ) -> Path:
     """Add curvature or statistics to an expert folder that holds the same weights.
 
@@ -257,6 +258,7 @@ def add_to_expert(
         activations: As for :func:`write_expert`.
         gram: As for :func:`write_expert`.
         kronecker: As for :func:`write_expert`.
+        base: Where the weights are a PEFT LoRA adapter, what it was trained on.
 
     Returns:
         The path.
@@ -283,7 +285,7 @@ def add_to_expert(
                 f"info_changes: must be entries of expert.json that may change; got {key!r}. "
                 + (f"Did you mean {near[0]!r}?" if near else "Put it under details.")
             )
-    with open_checkpoint(folder / info.weights) as weights:
+    with open_checkpoint(folder / info.weights, base=base) as weights:
         found = fingerprint(weights)
         if weights_fingerprint != found:
             raise InputError(

@@ -29,8 +29,7 @@ from lit_merge.merged.network import (
 from lit_merge.sharding import whole
 from lit_merge.tasks import MultiTaskDataModule
 from lit_merge.tasks.classification_metrics import classification_metrics, update_metrics
-from lit_merge.tasks.mixed_batches import MergeBatch
-from lit_merge.tasks.task import IGNORED
+from lit_merge.tasks.mixed_batches import MergeBatch, without_invalid
 
 _STATE = "lit_merge"
 
@@ -141,7 +140,8 @@ class MergedClassifier(L.LightningModule):
             task: A task's name for all of them, or the index of each one's task, int64 ``[B]``.
 
         Returns:
-            ``[B, widest head]``, −inf beyond a task's own classes.
+            ``[B, widest head]``, −inf beyond a task's own classes; ``[B, L, vocabulary]`` of a
+            language model.
 
         Raises:
             InputError: If there is no such task.
@@ -161,7 +161,7 @@ class MergedClassifier(L.LightningModule):
             InputError: If there is no such task.
         """
         width = self._num_classes[self._index(task)]
-        return self.forward(inputs, task)[:, :width].float().softmax(-1)
+        return self.forward(inputs, task)[..., :width].float().softmax(-1)
 
     def predict_step(self, batch: MergeBatch, batch_idx: int) -> Tensor:
         """Return the class probabilities of a mixed batch, ``[B, widest head]``."""
@@ -219,13 +219,11 @@ class MergedClassifier(L.LightningModule):
             )
         self._own_index = tuple(tasks.index(name) for name in data.task_names)
         for index, name in zip(self._own_index, data.task_names, strict=True):
-            head, found = self._num_classes[index], data.tasks[name].num_classes
-            if head not in (None, found):
-                raise InputError(
-                    f"task {name!r}: num_classes must be the width of its head, {head}; got "
-                    f"{found}. Correct num_classes, or give the expert of this task."
-                )
-            self._num_classes[index] = found
+            width = self._num_classes[index]
+            misfit = None if width is None else data.tasks[name].misfit(width)
+            if misfit is not None:
+                raise InputError(f"task {name!r}: {misfit}")
+            self._num_classes[index] = width or data.tasks[name].num_classes
         for stage in ("val", "test"):
             if stage not in self.metrics:
                 self.metrics[stage] = nn.ModuleList(
@@ -245,8 +243,8 @@ class MergedClassifier(L.LightningModule):
         return torch.tensor(self._own_index, device=batch.task.device)[batch.task]
 
     def own_logits(self, logits: Tensor, rows: Tensor, index: int) -> Tensor:
-        """Return the logits of some examples of one task over its own classes, ``[n, C]``."""
-        return logits[rows, : self._num_classes[index]]
+        """Return the logits of some examples of one task over its own classes, ``[n, ..., C]``."""
+        return logits[rows][..., : self._num_classes[index]]
 
     def _index(self, task: str) -> int:
         tasks = self.tasks
@@ -259,7 +257,7 @@ class MergedClassifier(L.LightningModule):
     def _count(self, stage: str, batch: MergeBatch) -> None:
         task = self.own_tasks(batch)
         logits = self.forward(batch.inputs, task)
-        labels = batch.labels.where(batch.valid, IGNORED)
+        labels = without_invalid(batch.labels, batch.valid)
         for index in sorted(set(task.tolist())):
             rows = task == index
             own = self.own_logits(logits, rows, index)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
@@ -144,11 +145,8 @@ def apply_closed_form(
     Raises:
         InputError: The experts, examples and network do not fit, or values are not finite.
     """
-    place, run = sources.surroundings.move, sources.surroundings.run
-    batches = {
-        index: [place(inputs) for inputs in _calibration(sources, settings, task)]
-        for index, task in enumerate(network.tasks)
-    }
+    run = sources.surroundings.run
+    batches = calibration_batches(network.tasks, sources.data, settings, sources.surroundings)
     solved: tuple[SolvedLayer, ...] = ()
     if settings.batch_norm == "reestimate":
         with network.corrections.disabled():
@@ -172,11 +170,32 @@ def apply_closed_form(
     return solved
 
 
-def _calibration(sources: Sources, settings: ClosedFormSettings, task: str) -> list[Inputs]:
-    """Return this rank's calibration examples of a task, in batches."""
-    return sources.data.calibration_batches(
-        task, num_examples=settings.examples, seed=settings.seed, batch_size=settings.batch_size
-    )
+def calibration_batches(
+    tasks: Sequence[str],
+    data: MultiTaskDataModule,
+    settings: ClosedFormSettings,
+    surroundings: Surroundings,
+) -> dict[int, list[Inputs]]:
+    """Return this rank's calibration examples of each task, in batches, by task index.
+
+    Args:
+        tasks: Names of the tasks in the order of their indices.
+        data: Their examples.
+        settings: How many, and in what batches.
+        surroundings: Where they go.
+    """
+    return {
+        index: [
+            surroundings.move(inputs)
+            for inputs in data.calibration_batches(
+                task,
+                num_examples=settings.examples,
+                seed=settings.seed,
+                batch_size=settings.batch_size,
+            )
+        ]
+        for index, task in enumerate(tasks)
+    }
 
 
 def _solve(
@@ -241,7 +260,7 @@ def solving_bar(*, shown: bool) -> Iterator[Callable[[SolvedLayer], None]]:
         What to call with each solved layer.
     """
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, disable=not shown) as progress:
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as progress:
         bar = progress.add_task("Closed form", total=None)
         count = 0
 

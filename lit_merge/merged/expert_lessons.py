@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
@@ -241,7 +242,8 @@ def lessons_bar(num_examples: int, *, shown: bool) -> Iterator[Callable[[int], N
         What to call with each number of examples.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeRemainingColumn(), disable=not shown) as progress:
+    console = Console(stderr=True)
+    with Progress(*columns, TimeRemainingColumn(), console=console, disable=not shown) as progress:
         task = progress.add_task("Asking the experts", total=num_examples)
         yield lambda count: progress.advance(task, count)
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lit_merge.errors import InputError
+from lit_merge.tasks import MultiTaskDataModule
 
 Teacher = Literal["experts", "labels"]
 Trainable = Literal["scale_shift", "all"]
 HeadFit = Literal["fixed", "refit"]
 CoefficientFit = Literal["none", "layer"]
+BatchNormMode = Literal["auto", "train", "freeze"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +25,9 @@ class FitSettings:
         trainable: "scale_shift" for the corrections alone, "all" for the shared weights too.
         heads: Whether the heads are trained as well ("refit") or stay as they are ("fixed").
         coefficients: "layer" learns how far each layer goes along each task vector.
+        batch_norm_mode: "train" normalises by the statistics of each mixed batch in training, and
+            keeps their running average; "freeze" leaves the running statistics as they are. "auto"
+            trains them where the shared weights learn without an elastic penalty.
         surgery_rank: Rank of the representation surgery before the head; 0 for none.
         temperature: Softens the experts' logits; 1 takes them as they are.
         feature_weight: Weight of the distance to the expert's final feature; 0 for none.
@@ -42,6 +47,7 @@ class FitSettings:
     trainable: Trainable = "scale_shift"
     heads: HeadFit = "fixed"
     coefficients: CoefficientFit = "none"
+    batch_norm_mode: BatchNormMode = "auto"
     surgery_rank: int = 0
     temperature: float = 2.0
     feature_weight: float = 0.0
@@ -59,6 +65,7 @@ class FitSettings:
             ("trainable", self.trainable, get_args(Trainable)),
             ("heads", self.heads, get_args(HeadFit)),
             ("coefficients", self.coefficients, get_args(CoefficientFit)),
+            ("batch_norm_mode", self.batch_norm_mode, get_args(BatchNormMode)),
         ):
             if value not in known:
                 raise InputError(
@@ -88,11 +95,27 @@ class FitSettings:
             )
         self._check_pairs()
 
+    @property
+    def trains_batch_norm(self) -> bool:
+        """Whether batch norms, where there are any, normalise by the batch in training."""
+        free = self.trainable == "all" and not self.elastic
+        return self.batch_norm_mode == "train" or (self.batch_norm_mode == "auto" and free)
+
     def _check_pairs(self) -> None:
         if self.elastic and self.trainable != "all":
             raise InputError(
                 'elastic: must go with trainable: "all", as it holds the shared weights; got '
                 f'{self.elastic} with "{self.trainable}". Set one of the two.'
+            )
+        if self.batch_norm_mode == "train" and self.trainable != "all":
+            raise InputError(
+                'batch_norm_mode: must go with trainable: "all" where it is "train", as it changes '
+                f'shared weights; got "{self.trainable}". Leave it out.'
+            )
+        if self.batch_norm_mode == "train" and self.elastic:
+            raise InputError(
+                'batch_norm_mode: must not be "train" with elastic, whose precision belongs to '
+                f"running statistics that stay; got elastic {self.elastic}. Leave it out."
             )
         if self.patience and not self.holdout:
             raise InputError(
@@ -103,4 +126,29 @@ class FitSettings:
             raise InputError(
                 'feature_weight: must go with teacher: "experts", whose features they are; got '
                 f'{self.feature_weight} with "labels". Set it to 0.'
+            )
+
+
+def require_teacher(settings: FitSettings, data: MultiTaskDataModule) -> None:
+    """Check that the tasks have what a fit learns from.
+
+    Args:
+        settings: The fit's.
+        data: The tasks' examples.
+
+    Raises:
+        InputError: If it learns from labels, and a task has none; or from experts, on a language
+            task.
+    """
+    for name, task in data.tasks.items():
+        if settings.teacher == "labels" and task.unlabelled:
+            raise InputError(
+                f'teacher: must be "experts" for the unlabelled task {name!r}; got "labels". '
+                'Use teacher: "experts".'
+            )
+        if settings.teacher == "experts" and task.has_perplexity:
+            raise InputError(
+                f'teacher: must be "labels" for the language task {name!r}, whose labels are '
+                'the tokens of its texts; got "experts", whose logits of every token would '
+                'have to be kept. Use teacher: "labels".'
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from lit_merge.checkpoint import open_state_dict
+from lit_merge.errors import InputError
 from lit_merge.merged.folder import MergedParts
 from lit_merge.methods import MergeMethod
 from lit_merge.parameters import ParametersPolicy
@@ -42,3 +43,16 @@ def merge_parts(
     }
     weights = open_state_dict(made.state, path=f"merge of {', '.join(made.tasks)}")
     return MergedParts(weights, made.heads, made.tasks, record)
+
+
+def require_one_model(method: MergeMethod) -> None:
+    """Check that a method gives one model for all tasks.
+
+    Raises:
+        InputError: If it gives each task its own.
+    """
+    if method.masks:
+        raise InputError(
+            f"method: must give one model for all tasks; got {type(method).__name__}, which gives "
+            "each its own. Merge into a folder, and evaluate or export that."
+        )

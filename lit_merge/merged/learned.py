@@ -14,7 +14,7 @@ Note:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ from lit_merge.merged.fit_settings import FitSettings
 from lit_merge.merged.holdout import BestState, choose_held_out, held_out_batches
 from lit_merge.merged.network import CorrectionFactory, MergedNetwork
 from lit_merge.merged.targets import Targets
+from lit_merge.merged.trained_batch_norm import running_statistics, share_running_statistics
 from lit_merge.tasks import MultiTaskDataModule
 from lit_merge.tasks.mixed_batches import MergeBatch
 from lit_merge.tasks.schedule import with_cosine
@@ -53,6 +54,9 @@ class LearnedClassifier(MergedClassifier):
         correction: Makes a correction module from (number of tasks, number of channels).
         fit: What is learned, and how.
         seed: Seed of the choice of held-out examples.
+
+    Attributes:
+        anchored: Whether the batch norms of the fit that is under way have been made ready for it.
     """
 
     def __init__(
@@ -72,6 +76,7 @@ class LearnedClassifier(MergedClassifier):
         self._held_out: list[MergeBatch] = []
         self._sums = torch.empty(0)
         self._keeps_idle = False
+        self.anchored = False
 
     def build(
         self,
@@ -99,6 +104,11 @@ class LearnedClassifier(MergedClassifier):
         )
         if self.fit.feature_weight:
             merged.final_feature.require("feature_weight", self.architecture)
+        if self.fit.batch_norm_mode == "train" and not merged.shared_batch_norms():
+            raise InputError(
+                'batch_norm_mode: must not be "train" for a network without batch norms that '
+                f"learn; got a {type(self.architecture).__name__}. Leave it out."
+            )
         if self.fit.trainable == "all":
             _train(merged.shared_parameters())
         if self.fit.heads == "refit":
@@ -113,6 +123,12 @@ class LearnedClassifier(MergedClassifier):
         """All that is trained, by name; each rank's part where it is sharded."""
         reshard(self.network)
         return {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+
+    @property
+    def fitted(self) -> dict[str, Tensor]:
+        """All that a fit changes, by name: what is learned, and running statistics."""
+        statistics = running_statistics(self.network) if self.fit.trains_batch_norm else {}
+        return {**self.learned, **statistics}
 
     def require_synchronised(self) -> None:
         """Check that the strategy brings the gradients of all ranks together.
@@ -144,7 +160,7 @@ class LearnedClassifier(MergedClassifier):
         )
 
     def start_learning(self) -> None:
-        """Get ready for the first step; the targets are there already."""
+        """Get ready for the first step; the targets and the closed form are there already."""
         self._sums = torch.zeros(len(self.tasks), 2, dtype=torch.float64, device=self.device)
         # FSDP2 takes parameters without gradients as they are.
         sharded = any(is_dtensor(p) for p in self.learned.values())
@@ -152,7 +168,10 @@ class LearnedClassifier(MergedClassifier):
 
     def training_step(self, batch: MergeBatch, batch_idx: int) -> Tensor:
         """Return the loss of a mixed batch, normalised over the valid examples of all ranks."""
-        losses = self._losses(batch)
+        # One example has no statistics to normalise by.
+        several = self.fit.trains_batch_norm and len(batch.task) > 1
+        with self.network.normalising() if several else nullcontext():
+            losses = self._losses(batch)
         own = losses.sum()
         sums = torch.stack([own.detach(), batch.valid.sum().to(own)])
         total, count = cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum")).unbind()
@@ -193,13 +212,16 @@ class LearnedClassifier(MergedClassifier):
                 feature_weight=self.fit.feature_weight,
             )
         else:
-            classes = torch.tensor([n or logits.shape[1] for n in self._num_classes])
-            none = (
-                torch.arange(logits.shape[1], device=logits.device) >= classes.to(task)[task, None]
+            classes = torch.tensor([n or logits.shape[-1] for n in self._num_classes])
+            classes = classes.to(task)[task]
+            places = torch.arange(logits.shape[-1], device=logits.device)
+            known = places < classes.view(-1, *[1] * (logits.ndim - 1))
+            terms = F.cross_entropy(
+                logits.masked_fill(~known, -torch.inf).flatten(0, -2),
+                batch.labels.flatten(),
+                reduction="none",
             )
-            losses = F.cross_entropy(
-                logits.masked_fill(none, -torch.inf), batch.labels, reduction="none"
-            )
+            losses = terms.view(len(task), -1).mean(1)  # over the tokens of a language task
         return losses * batch.valid
 
     def _count_losses(self, sums: Tensor, batch: MergeBatch, losses: Tensor) -> None:
@@ -245,7 +267,8 @@ class LearnedClassifier(MergedClassifier):
     def on_train_end(self) -> None:
         """Take the best state, and give the weights what the coefficients say."""
         self._measure(log=False, due=True)
-        self.best.restore(self.learned)
+        self._share_statistics()
+        self.best.restore(self.fitted)
         coefficients = self.network.coefficients
         if coefficients is not None and coefficients.active:
             self.move_along_task_vectors()
@@ -256,6 +279,7 @@ class LearnedClassifier(MergedClassifier):
         """Drop the experts' outputs, the penalty and the held-out examples."""
         self.targets = self.elastic = None
         self._held_out = []
+        self.anchored = False
         self.best = BestState()
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, MultiTaskDataModule):
@@ -276,12 +300,18 @@ class LearnedClassifier(MergedClassifier):
             return
         if not due and step % self.fit.holdout_every:
             return
+        self._share_statistics()
         loss = self.holdout_loss()
-        best.note(loss, step=step, state=self.learned)
+        best.note(loss, step=step, state=self.fitted)
         if log:
             self.log("holdout/loss", loss, sync_dist=True)
         if self.fit.patience and best.waited >= self.fit.patience:
             self.trainer.should_stop = True
+
+    def _share_statistics(self) -> None:
+        if self.fit.trains_batch_norm and self.trainer.world_size > 1:
+            reduce = cast("Callable[[Tensor], Tensor]", self.trainer.strategy.reduce)
+            share_running_statistics(self.network, reduce)
 
     @property
     def _any_held_out(self) -> bool:
@@ -327,7 +357,7 @@ class LearnedClassifier(MergedClassifier):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the record and, in a fit, the best state; the weights are those that predict."""
         super().on_save_checkpoint(checkpoint)
-        state: dict[str, Any] = {}
+        state: dict[str, Any] = {"anchored": self.anchored}
         if self.best.measured >= 0:
             state["best"] = self.best.state_dict()
         coefficients = self.network.coefficients
@@ -344,6 +374,7 @@ class LearnedClassifier(MergedClassifier):
         """Build the model of a checkpoint, unless it is there already, and take its best state."""
         super().on_load_checkpoint(checkpoint)
         state = checkpoint.get(_STATE, {})
+        self.anchored = bool(state.get("anchored", False))
         self.best = BestState()
         if "best" in state:
             self.best.load_state_dict(state["best"])

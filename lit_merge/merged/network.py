@@ -8,16 +8,18 @@ every site. A batch that mixes tasks goes through it once.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_merge.checkpoint import Checkpoint, aligned, alignment, load_into, open_state_dict
 from lit_merge.correction import Corrections, RescaleShift, Site, TaskContext, find_sites
+from lit_merge.correction.batch_norm import batch_norms
 from lit_merge.correction.forward import evaluation_mode
 from lit_merge.correction.heads import install_heads
 from lit_merge.correction.routing import TaskRouter
@@ -94,6 +96,7 @@ class MergedNetwork(nn.Module):
         )
         self.corrections = Corrections(sites, len(self.tasks), correction, context=self.context)
         self.corrections.attach(self.network)
+        self._normalises = False
 
     @property
     def sites(self) -> tuple[Site, ...]:
@@ -109,7 +112,8 @@ class MergedNetwork(nn.Module):
     def forward(self, inputs: Any, task: Tensor | int) -> Tensor:
         """Return the logits of every example from its own task's head and corrections.
 
-        The network always runs in evaluation mode: its BatchNorm and dropout are not trained.
+        The network always runs in evaluation mode: its dropout does nothing, and BatchNorm
+        normalises by running statistics but in :meth:`normalising`.
 
         Args:
             inputs: B examples.
@@ -122,6 +126,9 @@ class MergedNetwork(nn.Module):
         trains = self.training or self.network.training
         mode = evaluation_mode(self.network) if trains else nullcontext()
         with mode, self.context.using(task), self.corrections.overwriting():
+            if self._normalises:
+                for norm in self.shared_batch_norms().values():
+                    norm.train()
             if self.coefficients is not None and self.coefficients.active:
                 moved = self.coefficients.moved(self.shared_parameters())
                 logits: Tensor = functional_call(
@@ -129,6 +136,36 @@ class MergedNetwork(nn.Module):
                 )
                 return logits
             return read_logits(self.network, inputs)
+
+    def keep_attached(self) -> None:
+        """Put the corrections back where layers were replaced by others of the same names.
+
+        The Trainer's sync_batchnorm does so, and what was behind a batch norm is lost with it.
+        """
+        if self.sites and not self.corrections.attached:
+            self.corrections.detach()
+            self.corrections.attach(self.network)
+
+    @contextmanager
+    def normalising(self) -> Iterator[None]:
+        """Let shared batch norms normalise by each batch inside the block, and keep the average.
+
+        The statistics are those of the whole batch, its tasks mixed.
+        """
+        self._normalises = True
+        try:
+            yield
+        finally:
+            self._normalises = False
+
+    def shared_batch_norms(self) -> dict[str, _BatchNorm]:
+        """Return the batch norms that can be trained and that all tasks share, by name.
+
+        These have running statistics, and a scale and shift behind them.
+        """
+        inside = tuple(f"{name}." for name in self._routers)
+        norms = batch_norms(self.network, affine=True)
+        return {name: norm for name, norm in norms.items() if not name.startswith(inside)}
 
     def shared_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that all tasks share, by name in the original network."""
@@ -147,7 +184,9 @@ class MergedNetwork(nn.Module):
         # first.
         last = (*self._routers, *self._head_layers)[-1:]
         if not last:
-            return (None,) * len(self.tasks)
+            # A language model has no head, but an output layer that speaks its vocabulary.
+            output = getattr(self.network, "get_output_embeddings", lambda: None)()
+            return (None if output is None else _width(output),) * len(self.tasks)
         layer = self.network.get_submodule(last[0])
         if isinstance(layer, TaskRouter):
             return tuple(_width(head) for head in layer.heads.values())

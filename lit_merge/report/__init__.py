@@ -2,12 +2,13 @@
 
 Everything is in the one file (style, figures as SVG, numbers), nothing is fetched, and every name
 is escaped: names of tasks and tensors come from other people's files. This module prepares what
-``report.html`` shows; it measures nothing.
+``report.html`` shows; it measures nothing. :mod:`lit_merge.report.figures` draws pictures that
+stand alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from importlib import resources
 from pathlib import Path
@@ -18,16 +19,23 @@ from lit_merge.evaluation import EXPERTS, Evaluation, TableLine
 from lit_merge.merge_record import MergeRecord
 from lit_merge.report.accuracy_plots import accuracy_panels
 from lit_merge.report.alignment_record import AlignmentRecord
-from lit_merge.report.drawing import Panel
+from lit_merge.report.comparison_plots import forecast_panels, forecast_section
+from lit_merge.report.comparisons import ComparedExperts
+from lit_merge.report.drawing import Line, Panel
+from lit_merge.report.forecast_record import ForecastRecord, comparisons
+from lit_merge.report.overlap_plots import overlap_panels
+from lit_merge.report.repeat import as_yaml, evaluation_yaml
 from lit_merge.report.scale_plots import scale_panels
 from lit_merge.report.scales import CorrectionScales
 from lit_merge.report.stage_plots import controls_of, stage_panels, step_names
+from lit_merge.report.sweep import merging_of, sweep_of
+from lit_merge.report.sweep_plots import mean_panels, sweep_lines, sweep_table, task_panels
 from lit_merge.report.tables import (
     accuracy_table,
     alignment_section,
-    as_yaml,
     counted,
-    merge_section,
+    experts_section,
+    merge_sections,
     scale_table,
     variance_tables,
 )
@@ -44,6 +52,9 @@ def write_report(
     merges: Sequence[MergeRecord] = (),
     corrections: Sequence[CorrectionScales] = (),
     alignments: Sequence[AlignmentRecord] = (),
+    forecasts: Sequence[ForecastRecord] = (),
+    experts: Sequence[ComparedExperts] = (),
+    evaluated: Mapping[str, MergeRecord] | None = None,
     title: str = DEFAULT_TITLE,
     replace: bool = False,
 ) -> Path:
@@ -57,6 +68,11 @@ def write_report(
             gives them.
         alignments: Records of alignments, as
             :func:`lit_merge.report.alignment_record.read_alignment` gives them.
+        forecasts: As :func:`lit_merge.report.forecast_record.read_forecast` gives them.
+        experts: Experts that were compared (:mod:`lit_merge.report.comparisons`).
+        evaluated: How the evaluation's merged models were made, by model, as
+            :func:`lit_merge.report.recorded.evaluated_merges` gives it; for the curves over scales
+            and for what a forecast is compared with.
         title: The page's title.
         replace: Whether an existing file may be replaced.
 
@@ -66,7 +82,14 @@ def write_report(
     from lit_merge.output import new_file
 
     page = render_report(
-        evaluation, merges=merges, corrections=corrections, alignments=alignments, title=title
+        evaluation,
+        merges=merges,
+        corrections=corrections,
+        alignments=alignments,
+        forecasts=forecasts,
+        experts=experts,
+        evaluated=evaluated,
+        title=title,
     )
     with new_file(path, replace=replace) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -79,6 +102,9 @@ def render_report(
     merges: Sequence[MergeRecord] = (),
     corrections: Sequence[CorrectionScales] = (),
     alignments: Sequence[AlignmentRecord] = (),
+    forecasts: Sequence[ForecastRecord] = (),
+    experts: Sequence[ComparedExperts] = (),
+    evaluated: Mapping[str, MergeRecord] | None = None,
     title: str = DEFAULT_TITLE,
 ) -> str:
     """Return the page as text; see :func:`write_report`."""
@@ -99,19 +125,31 @@ def render_report(
         notes=list(evaluation.notes),
         table=accuracy_table(evaluation) if evaluation.rows else None,
         stages=_stages(evaluation),
+        sweep=_sweep(evaluation, evaluated or {}),
         accuracy_panels=_shown(accuracy_panels(evaluation)),
         variance_panels=_shown(variance_panels(evaluation)),
-        variance_keys=[
-            {"label": label, "svg": _markup(line.key(f"variance-key-{index}"))}
-            for index, (label, line) in enumerate(variance_legend(lines))
-        ],
+        variance_keys=_keys(variance_legend(lines), name="variance-key"),
         variance_tables=variance_tables(evaluation, list(lines)),
         corrections=[
             _correction(one, evaluation, name=f"correction-{index}")
             for index, one in enumerate(corrections)
         ],
         alignments=[alignment_section(record) for record in alignments],
-        merges=[merge_section(record) for record in merges],
+        forecasts=[
+            _forecast(one, evaluation, evaluated or {}, name=f"forecast-{index}")
+            for index, one in enumerate(forecasts)
+        ],
+        experts=[
+            {
+                **experts_section(one),
+                "panels": _shown(overlap_panels(one.overlap, name=f"experts-{index}"))
+                if one.overlap is not None
+                else [],
+            }
+            for index, one in enumerate(experts)
+        ],
+        merges=merge_sections(merges),
+        repeat_evaluation=evaluation_yaml(evaluation),
         provenance=_provenance(evaluation),
         version=lit_merge.__version__,
         date=datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
@@ -131,6 +169,41 @@ def _stages(evaluation: Evaluation) -> dict[str, Any] | None:
             for control in controls_of(evaluation)
         ],
     }
+
+
+def _sweep(evaluation: Evaluation, evaluated: Mapping[str, MergeRecord]) -> dict[str, Any] | None:
+    mergings = {name: merging_of(record) for name, record in evaluated.items()}
+    sweep = sweep_of(evaluation, {name: one for name, one in mergings.items() if one is not None})
+    if sweep is None:
+        return None
+    lines = sweep_lines(sweep)
+    return {
+        "panels": _shown(mean_panels(sweep)),
+        "task_panels": _shown(task_panels(sweep, evaluation)),
+        "legend": _keys([(line.label, line) for line in lines], name="scale-key"),
+        "lines": sweep_table(sweep),
+    }
+
+
+def _forecast(
+    forecast: ForecastRecord,
+    evaluation: Evaluation,
+    evaluated: Mapping[str, MergeRecord],
+    *,
+    name: str,
+) -> dict[str, Any]:
+    compared = comparisons(forecast, evaluation, evaluated)
+    return {
+        **forecast_section(forecast, compared, with_evaluation=bool(evaluation.rows)),
+        "panels": _shown(forecast_panels(forecast, compared, name=name)),
+    }
+
+
+def _keys(legend: Sequence[tuple[str, Line]], *, name: str) -> list[dict[str, Any]]:
+    return [
+        {"label": label, "svg": _markup(line.key(f"{name}-{index}"))}
+        for index, (label, line) in enumerate(legend)
+    ]
 
 
 def _correction(
@@ -199,4 +272,5 @@ def _provenance(evaluation: Evaluation) -> list[dict[str, Any]]:
             "open": key in {"command", "run", "versions"},
         }
         for key, value in evaluation.provenance.items()
+        if key != "configuration"  # shown apart, to be copied
     ]

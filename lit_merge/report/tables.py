@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import yaml
-
 from lit_merge.evaluation import EXPERTS, Evaluation, EvaluationRow, TableLine
-from lit_merge.merge_record import MergeRecord
+from lit_merge.merge_record import MergeRecord, TensorRecord
 from lit_merge.report.alignment_record import AlignmentRecord
+from lit_merge.report.comparisons import ComparedExperts
+from lit_merge.report.overlap_plots import overlap_table
+from lit_merge.report.repeat import as_yaml, merge_yaml
 from lit_merge.report.scale_plots import factor, plain
 from lit_merge.report.scales import CorrectionScales, in_forward_order, relative_shifts
-from lit_merge.terminal import MISSING, accuracy_text, percent
+from lit_merge.terminal import MISSING, accuracy_text, percent, perplexity_text
 
+_FINGERPRINT = 12  # digits of a fingerprint
 _SHORT = 24  # lines of a table that is shown without a click
 
 
@@ -51,13 +53,16 @@ def accuracy_table(evaluation: Evaluation) -> dict[str, Any]:
                 "new_kind": index > 0 and lines[index - 1].kind != line.kind,
                 "accuracy": percent(line.accuracy),
                 "normalised": percent(line.normalised),
-                "nll": MISSING if line.nll is None else f"{line.nll:.3f}",
+                "nll": loss_text(line.nll),
+                "perplexity": perplexity_text(line.perplexity),
                 "best_normalised": rival and line.normalised == best.normalised,
                 "cells": [
                     {
                         "accuracy": accuracy_text(cell),
                         "interval": _interval(cell),
                         "best": rival and cell is not None and cell.accuracy == top,
+                        "nll": loss_text(None if cell is None else cell.nll),
+                        "perplexity": perplexity_text(None if cell is None else cell.perplexity),
                     }
                     for cell, top in zip(line.cells, best.by_task, strict=True)
                 ],
@@ -72,7 +77,14 @@ def accuracy_table(evaluation: Evaluation) -> dict[str, Any]:
             {"name": task, "sizes": " / ".join(map(str, counts))} for task, counts in sizes.items()
         ],
         "lines": rows,
+        "losses": any(row.nll is not None for row in evaluation.rows),
+        "language": any(row.perplexity is not None for row in evaluation.rows),
     }
+
+
+def loss_text(nll: float | None) -> str:
+    """Return a negative log-likelihood with three decimals, a dash for None."""
+    return MISSING if nll is None else f"{nll:.3f}"
 
 
 def _interval(row: EvaluationRow | None) -> str:
@@ -130,10 +142,22 @@ def scale_table(corrections: CorrectionScales, evaluation: Evaluation) -> list[d
     return lines
 
 
-def merge_section(record: MergeRecord) -> dict[str, Any]:
-    """Return what the page says of a merge."""
+def merge_sections(records: Sequence[MergeRecord]) -> list[dict[str, Any]]:
+    """Return what the page says of merges; those that treat all tensors alike share one record."""
+    first: dict[tuple[TensorRecord, ...], str] = {}
+    sections = []
+    for index, record in enumerate(records):
+        shown_at = first.setdefault(record.tensors, record.name)
+        same_as = "" if first[record.tensors] == record.name else shown_at
+        sections.append(_merge_section(record, name=f"merge-{index}", same_as=same_as))
+    return sections
+
+
+def _merge_section(record: MergeRecord, *, name: str, same_as: str) -> dict[str, Any]:
     largest = max(record.traces.values(), default=0.0)
+    actions = list(record.actions())
     return {
+        "id": name,
         "name": record.name,
         "sentence": f"{counted(len(record.tasks), 'expert')} ({', '.join(record.tasks)}) "
         f"merged by {record.method}.",
@@ -147,20 +171,47 @@ def merge_section(record: MergeRecord) -> dict[str, Any]:
             for task, trace in record.traces.items()
         ],
         "actions": [
-            {"name": name, "tensors": f"{tensors:,}", "elements": f"{elements:,}"}
-            for name, (tensors, elements) in record.actions().items()
+            {"name": action, "tensors": f"{tensors:,}", "elements": f"{elements:,}"}
+            for action, (tensors, elements) in record.actions().items()
         ],
-        "record": [
+        "same_as": same_as,
+        "record": []
+        if same_as
+        else [
             {
                 "name": tensor.name,
                 "action": tensor.action,
+                "place": actions.index(tensor.action),
                 "shape": " × ".join(map(str, tensor.shape)) or "scalar",
                 "dtype": tensor.dtype,
                 "reason": tensor.reason,
             }
             for tensor in record.tensors
         ],
+        "repeat": merge_yaml(record),
         "provenance": as_yaml(record.provenance),
+    }
+
+
+def experts_section(compared: ComparedExperts) -> dict[str, Any]:
+    """Return what the page says of experts that were compared."""
+    return {
+        "name": compared.name,
+        "experts": [
+            {
+                "task": task,
+                "path": entry["path"],
+                "estimator": ", ".join(entry[key] for key in ("estimator", "labels") if entry[key])
+                or MISSING,
+                "num_examples": entry["num_examples"] or MISSING,
+                "fingerprint": entry["fingerprint"][:_FINGERPRINT] or MISSING,
+            }
+            for task, entry in compared.experts.items()
+        ],
+        "table": overlap_table(compared.overlap)
+        if compared.overlap is not None and compared.overlap.layers
+        else None,
+        "notes": list(compared.notes),
     }
 
 
@@ -192,11 +243,6 @@ def alignment_section(record: AlignmentRecord) -> dict[str, Any]:
         "open": len(record.units) <= _SHORT,
         "provenance": as_yaml(dict(record.provenance)) if record.provenance else "",
     }
-
-
-def as_yaml(value: Mapping[str, Any] | Sequence[Any]) -> str:
-    """Return a record as readable text."""
-    return yaml.safe_dump(value, sort_keys=False, allow_unicode=True, width=100).strip()
 
 
 def counted(number: int, noun: str) -> str:

@@ -2,7 +2,8 @@
 
 A batch is ``(inputs, labels)``; inputs is a tensor ``[B, ...]`` or a mapping of tensors (keyword
 arguments of the network), labels int64 ``[B]`` with -100 where an example must not count. The loss
-is the mean cross-entropy over the examples that count.
+is the mean cross-entropy over the examples that count. A network that classifies every token of an
+example gives logits ``[B, L, C]`` for labels ``[B, L]``.
 """
 
 from __future__ import annotations
@@ -97,7 +98,10 @@ class ClassificationModule(L.LightningModule):
         """Return the mean cross-entropy of a batch."""
         inputs, labels = batch
         loss = F.cross_entropy(
-            self(inputs), labels, ignore_index=IGNORED, label_smoothing=self.label_smoothing
+            self(inputs).flatten(0, -2),
+            labels.flatten(),
+            ignore_index=IGNORED,
+            label_smoothing=self.label_smoothing,
         )
         self.log("train/loss", loss, prog_bar=True, batch_size=len(labels))
         return loss
@@ -245,26 +249,16 @@ class TransformersClassifier(ClassificationModule):
         warmup: float = 0.0,
         label_smoothing: float = 0.0,
     ) -> None:
-        from transformers import AutoConfig, AutoModelForSequenceClassification
+        from transformers import AutoModelForSequenceClassification
 
-        auto: Any = AutoModelForSequenceClassification
-
-        try:
-            if config is not None or checkpoint is not None:
-                settings = (
-                    AutoConfig.for_model(**config)
-                    if config is not None
-                    else AutoConfig.from_pretrained(model, num_labels=num_labels)
-                )
-                network = auto.from_config(settings)
-            else:
-                network = auto.from_pretrained(model, num_labels=num_labels, dtype=torch.float32)
-        except (OSError, ValueError, TypeError) as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise InputError(
-                "model: must be the folder of a transformers model with a sequence classifier, or "
-                f"its name on the hub; got {model!r} ({reason}). Check the path."
-            ) from error
+        network = load_transformer(
+            AutoModelForSequenceClassification,
+            model,
+            kind="a sequence classifier",
+            config=config,
+            weights=checkpoint is None,
+            num_labels=num_labels,
+        )
         start_from(network, checkpoint, head=head)
         super().__init__(
             network.train(),  # transformers hands models out in evaluation mode
@@ -285,8 +279,46 @@ class TransformersClassifier(ClassificationModule):
         )
 
 
+def load_transformer(
+    auto: Any,
+    model: str,
+    *,
+    kind: str,
+    config: dict[str, Any] | None = None,
+    weights: bool = True,
+    **settings: Any,
+) -> Any:
+    """Return a network of the transformers library.
+
+    Args:
+        auto: The library's class that knows all models of a kind.
+        model: Folder of a model, or its name on the Hugging Face hub.
+        kind: What the network must be, for the message.
+        config: The configuration instead, for fresh weights.
+        weights: Whether to read the weights, too; else they are fresh.
+        **settings: What is changed in the configuration of ``model``.
+
+    Raises:
+        InputError: If there is no such model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        if config is not None:
+            return auto.from_config(AutoConfig.for_model(**config))
+        if not weights:
+            return auto.from_config(AutoConfig.from_pretrained(model, **settings))
+        return auto.from_pretrained(model, dtype=torch.float32, **settings)
+    except (OSError, ValueError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"model: must be the folder of a transformers model with {kind}, or its name on the "
+            f"hub; got {model!r} ({reason}). Check the path."
+        ) from error
+
+
 def read_logits(model: nn.Module, inputs: Any) -> Tensor:
-    """Run a classifier and return its logits, ``[B, C]``.
+    """Run a classifier and return its logits, ``[B, C]``; of a language model ``[B, L, V]``.
 
     Args:
         model: A network whose output is the logits, or has them as the attribute ``logits``.
@@ -297,11 +329,12 @@ def read_logits(model: nn.Module, inputs: Any) -> Tensor:
     """
     output = run_model(model, inputs)
     logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor) or logits.ndim != 2:
+    if not isinstance(logits, Tensor) or logits.ndim not in (2, 3):
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(output).__name__
         raise InputError(
-            f"model: the output of {type(model).__name__} must be logits [batch, classes]; got "
-            f"{got}. Return the logits, or an object with them as .logits."
+            f"model: the output of {type(model).__name__} must be logits [batch, classes], or "
+            f"[batch, tokens, vocabulary]; got {got}. Return the logits, or an object with them as "
+            ".logits."
         )
     return logits
 

@@ -33,13 +33,13 @@ def update_metrics(metrics: MetricCollection, logits: Tensor, labels: Tensor) ->
 
     Args:
         metrics: From :func:`classification_metrics`.
-        logits: ``[B, C]``.
-        labels: int64 ``[B]``, -100 where the example must not count.
+        logits: ``[B, C]``, or ``[B, L, C]`` where every token of an example is classified.
+        labels: int64 ``[B]`` or ``[B, L]``, -100 where one must not count.
 
     Raises:
         InputError: If logits are NaN, or all that could be right are −inf.
     """
-    logits = logits.float()
+    logits, labels = logits.float().flatten(0, -2), labels.flatten()
     nll = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="none")
     if not bool(nll.isfinite().all()):
         raise InputError(

@@ -1,4 +1,4 @@
-"""An image classification task from a ``.npz`` file or a folder of images per class.
+"""An image classification task from a ``.npz`` file, a folder of images per class, or the hub.
 
 An image becomes a float tensor ``[C, H, W]``, scaled to [0, 1] and normalised by ``(x − mean) /
 std``.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_merge.errors import InputError
+from lit_merge.tasks.table import read_labels, read_table, require_column
 from lit_merge.tasks.task import IGNORED, Examples, Split, Task, check_labels, require_file
 
 
@@ -27,15 +28,25 @@ class ImageTask(Task):
         path: A ``.npz`` file with ``x_train, y_train, x_test, y_test`` (and ``x_validation``,
             ``y_validation``): images uint8 ``[N, H, W]`` or ``[N, H, W, C]``, labels ``[N]``. Or a
             folder ``train/<class>/*.png``, ``test/<class>/*.png`` (the layout "imagefolder" of
-            ``datasets``; the classes are numbered in the order of their names).
+            ``datasets``; the classes are numbered in the order of their names). None with
+            ``dataset``.
         num_classes: Number of classes.
         channels: Colour channels of the input, 1 or 3; gray images are repeated, coloured ones made
             gray.
         image_size: Height and width of the input: images are resized (their shorter side, with
-            antialiasing) and cut to the centre. None leaves them as they are; a folder needs a
-            number.
+            antialiasing) and cut to the centre. None leaves them as they are; a folder and a
+            ``dataset`` need a number.
         mean: Mean per channel of the scaled images, one number or one per channel.
         std: Standard deviation per channel, likewise.
+        dataset: A data set on the Hugging Face hub (``ylecun/mnist``), or a local folder that
+            ``datasets`` can load; see :mod:`lit_merge.tasks.table`.
+        dataset_config: Which configuration of the data set; None where it has only one.
+        train: With ``dataset``: the name of the split ("train", "train[:2000]"); None where there
+            is none.
+        validation: The same for validation.
+        test: The same for testing.
+        image_column: With ``dataset``: the column with the images.
+        label_column: With ``dataset``: the column with the classes, integers or class labels.
         **options: See :class:`Task`.
 
     Raises:
@@ -45,16 +56,28 @@ class ImageTask(Task):
 
     def __init__(
         self,
-        path: str,
+        path: str | None = None,
         *,
         num_classes: int,
         channels: int = 3,
         image_size: int | None = None,
         mean: Sequence[float] = (0.5,),
         std: Sequence[float] = (0.5,),
+        dataset: str | None = None,
+        dataset_config: str | None = None,
+        train: str | None = "train",
+        validation: str | None = None,
+        test: str | None = "test",
+        image_column: str = "image",
+        label_column: str = "label",
         **options: Any,
     ) -> None:
         super().__init__(num_classes=num_classes, **options)
+        if (path is None) == (dataset is None):
+            raise InputError(
+                "path: must be given, or dataset in its place; got "
+                f"{'neither' if path is None else 'both'}. Name a file or folder, or a data set."
+            )
         if channels not in (1, 3):
             raise InputError(
                 f"channels: must be 1 or 3; got {channels}. Use 3 for coloured images."
@@ -70,6 +93,15 @@ class ImageTask(Task):
         if min(std) <= 0:
             raise InputError(f"std: must be positive; got {list(std)}. Use 1 to leave the scale.")
         self.path = path
+        self.dataset = dataset
+        self.dataset_config = dataset_config
+        self.sources: dict[Split, str | None] = {
+            "train": train,
+            "validation": validation,
+            "test": test,
+        }
+        self.image_column = image_column
+        self.label_column = label_column
         self.channels = channels
         self.image_size = image_size
         self._mean = torch.tensor(list(mean)).view(-1, 1, 1)
@@ -77,6 +109,8 @@ class ImageTask(Task):
 
     def load(self, split: Split) -> Examples | None:
         """Open the images of a split; see :meth:`Task.load`."""
+        if self.path is None:
+            return self._load_table(split)
         path = require_file(self.path, "path")
         return self._load_folder(path, split) if path.is_dir() else self._load_arrays(path, split)
 
@@ -91,7 +125,35 @@ class ImageTask(Task):
 
     def describe(self) -> str:
         """Return the kind of task and its file."""
-        return f"ImageTask({self.path})"
+        return f"ImageTask({self.path or self.dataset})"
+
+    def _load_table(self, split: Split) -> Examples | None:
+        from datasets import Image
+
+        source = self.sources[split]
+        if source is None:
+            return None
+        self._require_size(str(self.dataset))
+        table, where = read_table(source, split, dataset=self.dataset, config=self.dataset_config)
+        require_column(table, self.image_column, where, "Set image_column")
+        if not isinstance(table.features[self.image_column], Image):
+            raise InputError(
+                f"{where}: {self.image_column!r} must hold images; got "
+                f"{table.features[self.image_column]}. Set image_column."
+            )
+        if split == "train" and self.unlabelled:
+            labels = np.full(len(table), IGNORED, dtype=np.int64)
+        else:
+            require_column(table, self.label_column, where, "Set label_column")
+            labels = read_labels(table, self.label_column, self.num_classes, where)
+        return _Images(self, _Column(table, self.image_column), labels)
+
+    def _require_size(self, where: str) -> None:
+        if self.image_size is None:
+            raise InputError(
+                f"image_size: must be set for the images of {where}, whose sizes may differ; got "
+                "none. Set image_size, such as 224."
+            )
 
     def _load_arrays(self, path: Path, split: Split) -> Examples | None:
         images_name, labels_name = f"x_{split}", f"y_{split}"
@@ -146,11 +208,7 @@ class ImageTask(Task):
                     "Sort the images into such folders."
                 )
             return None
-        if self.image_size is None:
-            raise InputError(
-                f"image_size: must be set for a folder of images ({path}), whose sizes may differ; "
-                "got none. Set image_size, such as 224."
-            )
+        self._require_size(str(path))
         table = load_dataset("imagefolder", data_dir=str(path / split), split="train")
         if "label" not in table.column_names:
             raise InputError(
@@ -166,7 +224,7 @@ class ImageTask(Task):
         labels = np.asarray(table["label"], dtype=np.int64)
         if split == "train" and self.unlabelled:
             labels = np.full(len(labels), IGNORED, dtype=np.int64)
-        return _Images(self, table.select_columns(["image"]), labels)
+        return _Images(self, _Column(table, "image"), labels)
 
     def prepare(self, image: Any) -> Tensor:
         """Turn an image, uint8 ``[H, W]``, ``[H, W, C]`` or PIL, into a float ``[C, H, W]``."""
@@ -197,9 +255,18 @@ class _Images:
         return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self._images[index]
-        image = image["image"] if isinstance(image, dict) else image
-        return self._task.prepare(image), int(self._labels[index])
+        return self._task.prepare(self._images[index]), int(self._labels[index])
+
+
+class _Column:
+    """One column of a table of ``datasets``; only the row that is asked for is decoded."""
+
+    def __init__(self, table: Any, name: str) -> None:
+        self._table = table.select_columns([name])
+        self._name = name
+
+    def __getitem__(self, index: int) -> Any:
+        return self._table[index][self._name]
 
 
 def _gray(pixels: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ class MergeBatch(NamedTuple):
 
     Attributes:
         inputs: A tensor ``[B, ...]`` or a mapping of them.
-        labels: Classes, int64 ``[B]``; -100 where there is none.
+        labels: Classes, int64 ``[B]``, or ``[B, L]`` with one for every token; -100 where there is
+            none.
         task: Index of each example's task in the data module's order, int64 ``[B]``.
         valid: Whether the example counts, bool ``[B]``; False for duplicates that fill up a rank.
         index: The example's place in its task's data set, int64 ``[B]``.
@@ -56,6 +57,8 @@ class MixedTasks(Dataset[MixedExample]):
     Args:
         parts: Task index and examples of each task.
         without: Places of the examples to leave out, by task index.
+        lengths: How long the examples of a task are, by task index: the longest come first, so that
+            a batch has examples of like length. A task without them keeps its order.
     """
 
     def __init__(
@@ -63,12 +66,16 @@ class MixedTasks(Dataset[MixedExample]):
         parts: Sequence[tuple[int, Examples]],
         *,
         without: Mapping[int, Collection[int]] | None = None,
+        lengths: Mapping[int, Sequence[int]] | None = None,
     ) -> None:
         self.parts = tuple(parts)
         self._places = []
         for task, examples in self.parts:
             left_out = [*(without or {}).get(task, ())]
-            self._places.append(np.delete(np.arange(len(examples)), left_out))
+            order = np.arange(len(examples))
+            if lengths is not None and task in lengths:
+                order = np.argsort(-np.asarray(lengths[task]), kind="stable")
+            self._places.append(order[~np.isin(order, left_out)])
         self.lengths = tuple(map(len, self._places))
         self.offsets = np.cumsum([0, *self.lengths])
 
@@ -210,13 +217,7 @@ class MixedCollate:
                 f"tasks: the inputs of {', '.join(names)} must fit into one batch; got {error}. "
                 "Give them the same shape and type."
             ) from error
-        for one, label in zip(examples, labels.tolist(), strict=True):
-            name, task = self.tasks[one.task]
-            if not (0 <= label < task.num_classes or label == IGNORED):
-                raise InputError(
-                    f"task {name!r}: the label of example {one.place} must be in "
-                    f"[0, {task.num_classes}); got {label}. Correct it or num_classes."
-                )
+        self._check(examples, labels.reshape(len(examples), -1))
         return MergeBatch(
             inputs,
             labels,
@@ -224,3 +225,26 @@ class MixedCollate:
             torch.tensor([one.valid for one in examples]),
             torch.tensor([one.place for one in examples]),
         )
+
+    def _check(self, examples: Sequence[MixedExample], labels: Tensor) -> None:
+        """Check labels ``[B, L]``."""
+        limits = torch.tensor([self.tasks[one.task][1].num_classes for one in examples])
+        wrong = ((labels < 0) | (labels >= limits[:, None])) & (labels != IGNORED)
+        rows = wrong.any(1).nonzero().flatten().tolist()
+        if rows:
+            row, one = rows[0], examples[rows[0]]
+            raise InputError(
+                f"task {self.tasks[one.task][0]!r}: the label of example {one.place} must be in "
+                f"[0, {int(limits[row])}); got {int(labels[row][wrong[row]][0])}. Correct it or "
+                "num_classes."
+            )
+
+
+def without_invalid(labels: Tensor, valid: Tensor) -> Tensor:
+    """Return labels with -100 in examples that must not count.
+
+    Args:
+        labels: int64 ``[B]`` or ``[B, L]``.
+        valid: Whether each example counts, bool ``[B]``.
+    """
+    return labels.masked_fill(~valid.view(-1, *[1] * (labels.ndim - 1)), IGNORED)

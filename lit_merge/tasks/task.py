@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 
 import numpy as np
 import torch
@@ -45,7 +45,8 @@ class Task(ABC):
     do.
 
     Args:
-        num_classes: Number of classes; the labels are integers in [0, num_classes).
+        num_classes: Number of classes; the labels are integers in [0, num_classes). None for a kind
+            of task that overrides :attr:`num_classes`.
         validation_fraction: Share of the training examples that is held out for validation where
             there is no validation split, in [0, 1); a seeded choice that does not change between
             runs.
@@ -56,21 +57,29 @@ class Task(ABC):
             for training on labels.
         seed: Seed of these choices.
 
+    Attributes:
+        labels_per_example: How many labels an example has: one, or one for every token.
+        has_perplexity: Whether the labels are the tokens of a text, so that exp of their mean
+            negative log-likelihood is its perplexity.
+
     Raises:
         InputError: If an option is out of range.
     """
 
+    labels_per_example: int = 1
+    has_perplexity: ClassVar[bool] = False
+
     def __init__(
         self,
         *,
-        num_classes: int,
+        num_classes: int | None,
         validation_fraction: float = 0.0,
         max_train_examples: int | None = None,
         max_eval_examples: int | None = None,
         unlabelled: bool = False,
         seed: int = 0,
     ) -> None:
-        if num_classes < 2:
+        if num_classes is not None and num_classes < 2:
             raise InputError(
                 f"num_classes: must be at least 2; got {num_classes}. "
                 "A two-class task has two logits here."
@@ -93,7 +102,7 @@ class Task(ABC):
                 raise InputError(
                     f"{name}: must be at least 1; got {limit}. Leave it out to use all."
                 )
-        self.num_classes = num_classes
+        self._num_classes = num_classes
         self.validation_fraction = validation_fraction
         self.max_train_examples = max_train_examples
         self.max_eval_examples = max_eval_examples
@@ -105,6 +114,21 @@ class Task(ABC):
     @abstractmethod
     def load(self, split: Split) -> Examples | None:
         """Return all examples of a split; None where the task has no such split."""
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes; the labels are integers in [0, num_classes)."""
+        assert self._num_classes is not None, "a kind of task without it overrides this"
+        return self._num_classes
+
+    def misfit(self, width: int) -> str | None:
+        """Return why a model with so many logits cannot do this task; None where it can."""
+        if width == self.num_classes:
+            return None
+        return (
+            f"num_classes must be the width of its head, {width}; got {self.num_classes}. Correct "
+            "num_classes, or give the expert of this task."
+        )
 
     @property
     def train(self) -> Examples | None:
@@ -146,10 +170,18 @@ class Task(ABC):
             examples: B pairs (input, label).
 
         Returns:
-            The inputs, a tensor ``[B, ...]`` or a mapping of them, and the labels, int64 ``[B]``.
+            The inputs, a tensor ``[B, ...]`` or a mapping of them, and the labels, int64 ``[B]``;
+            ``[B, L]`` where an example has L labels.
         """
         inputs = default_collate([example[0] for example in examples])
         return inputs, as_labels(example[1] for example in examples)
+
+    def lengths(self, examples: Examples) -> Sequence[int] | None:
+        """Return how long each of some examples is, where a batch is padded to its longest.
+
+        Evaluation makes batches of examples of like length with it. None where all are equal.
+        """
+        return None
 
     def input_format(self) -> Hashable:
         """What an input looks like: tasks with equal formats can share one batch."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lit_merge.cli.files import _read_all
+from lit_merge.cli.report import read_all
 from lit_merge.correction import Site
 from lit_merge.errors import InputError
 from lit_merge.evaluation import Evaluation, EvaluationRow
@@ -46,19 +46,19 @@ def test_every_kind_is_known_by_its_content_as_a_folder_and_as_a_file(
     folder: Path, suffix: tuple[str, str]
 ) -> None:
     corrected, aligned = f"{folder}/corrected{suffix[0]}", f"{folder}/aligned{suffix[1]}"
-    found = _read_all([aligned, f"{folder}/evaluation.json", corrected, corrected])
+    found = read_all([aligned, f"{folder}/evaluation.json", corrected, corrected])
     assert found.evaluation is not None
     assert [one.name for one in found.corrections] == [str(folder / "corrected")] * 2
     assert [one.name for one in found.alignments] == [str(folder / "aligned")]
     assert found.merges == []
 
 
-def test_a_folder_with_nothing_to_report_is_asked_for_its_merge_record(folder: Path) -> None:
+def test_a_folder_with_nothing_to_report_is_refused(folder: Path) -> None:
     (folder / "empty").mkdir()
-    with pytest.raises(InputError, match=r"empty/merge\.json: must be a readable file"):
-        _read_all([str(folder / "empty")])
+    with pytest.raises(InputError, match=r"empty: must be a merged, .* or expert folder; got none"):
+        read_all([str(folder / "empty")])
 
 
 def test_a_second_evaluation_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match=r"must be the only evaluation of a report; got .*evaluat"):
-        _read_all([str(folder / "evaluation.json")] * 2)
+        read_all([str(folder / "evaluation.json")] * 2)
