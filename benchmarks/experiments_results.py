@@ -203,14 +203,16 @@ def draw_curves(runs: Runs, path: Path) -> None:
 
 
 def draw_stages(of: Mapping[str, Runs], path: Path) -> None:
-    """Draw what each step of the correction brings."""
+    """Draw what each step of the correction brings, and the two best controls."""
     panels, controls = {}, {}
     for title, runs in of.items():
         steps = [line.model for line in runs.evaluations[0].stages()]
         extra = [m for m in runs.models if m == "average + TACT"]
         chosen = [*steps[:1], *extra, *steps[1:]]
         panels[title] = _shares(runs, chosen)
-        controls[title] = _shares(runs, [m for m in runs.models if runs.kind(m) == "control"])
+        found = _shares(runs, [m for m in runs.models if runs.kind(m) == "control"])
+        best = sorted(found, key=lambda model: -found[model][0])[:2]
+        controls[title] = {model: found[model] for model in best}
     stage_bars(path, panels, controls=controls, replace=True)
 
 
@@ -269,5 +271,7 @@ def write_results(folders: Mapping[str, Sequence[Path]], benchmarks: Path) -> No
     for name in ("text", "vision"):
         if found := runs.get(name):
             text = f"{experts_line(found)}\n\n{table(found, shares=True)}"
+            if name == list(runs)[-1]:  # one picture for both, below the last
+                text += "\n\n![per cent of the experts by step](plots/stages.svg)"
             write_section(page, name, text)
     write_section(page, "claims", claims_of(runs))

@@ -35,6 +35,7 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _DASHES = ((4.0, 3.0), (1.0, 2.0), (6.0, 2.0, 1.0, 2.0), (2.0, 1.0))
 _INK, _SOFT, _FAINT = "#1b1f24", "#5b6570", "#d5dae0"
 _WIDTH, _HEIGHT = 4.3, 3.3  # inches of a panel
+_HANDLE, _CHARACTER = 0.7, 0.075  # inches of a legend's line and letter
 
 
 def alpha_curve(
@@ -219,7 +220,7 @@ def _save(
         list(entries.values()),
         list(entries),
         loc="outside lower center",
-        ncols=min(len(entries), 2 * len(all_axes)),
+        ncols=_columns(list(entries), figure.get_figwidth()),
         fontsize=9,
         frameon=False,
     )
@@ -229,6 +230,12 @@ def _save(
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure.savefig(partial, dpi=150)
     return Path(path)
+
+
+def _columns(labels: Sequence[str], width: float) -> int:
+    """Return how many columns of a legend fit into so many inches."""
+    longest = max(map(len, labels), default=0)
+    return max(1, min(len(labels), int(width / (_HANDLE + longest * _CHARACTER))))
 
 
 def _require_panels(
