@@ -1,6 +1,6 @@
 """One model as good as its experts? Every stage of the correction, beside its controls.
 
-    python benchmarks/correction.py [--quick] [--steps 300 1000] [--cache FOLDER]
+    python benchmarks/correction.py [--quick] [--steps 300 1000] [--cache FOLDER] [--processes 2]
 
 A small ResNet with BatchNorm and a small ViT, pretrained and fine-tuned here on the images of
 ``../shared/data/vision`` (:mod:`correction_experts`; kept in the cache), four tasks with heads of
@@ -10,20 +10,24 @@ same 512 images a task.
 
 The controls, on the same images: the same correction on the unmerged base, with the (aligned)
 experts' heads; a linear head refitted on 256 labelled images; REPAIR, one scale and shift for all
-tasks; and distilling all weights, heads too, for the CPU seconds of the learned stage.
+tasks; and distilling all weights, heads too, for the CPU seconds of a learned stage.
 
-Seconds are CPU seconds of one stage alone, which mean the same on a busy machine.
+Cases run side by side, each in a process with one thread. Seconds are CPU seconds of one stage
+alone, which mean the same on a busy machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from correction_cases import LOCALITIES, Case, prepare
 from correction_controls import distil, refitted_heads, shared_body
 from correction_data import missing_data, task_images
@@ -43,6 +47,7 @@ ALL_WEIGHTS = {"trainable": "all", "lr": 3e-3, "weights_lr": 3e-3}
 FEATURE_WEIGHT = {"cnn": 0.0, "vit": 5.0}
 NO_DATA, CONTROLS, STAGES = "without data", "controls", "stages"
 CLOSED_FORM = "least squares + scale and shift"
+SCALES, WEIGHTS, MIXED = "+ learned scale and shift", "+ all weights", " with mixup"
 
 
 @dataclass
@@ -67,12 +72,12 @@ def without_data(bench: Bench) -> Iterator[Row]:
     yield bench.run("gradient matching", matching)
 
 
-def controls(bench: Bench, learned: dict[int, float]) -> Iterator[Row]:
+def controls(bench: Bench, learned: dict[str, float]) -> Iterator[Row]:
     """Yield the controls.
 
     Args:
         bench: What is corrected.
-        learned: The CPU seconds that our own learned fit took, by its number of steps.
+        learned: The CPU seconds that each of our own learned fits took, by its row's name.
     """
     base = bench.unmerged(closed_form="none")
     average = bench.merge(Average(), closed_form="none")
@@ -85,28 +90,31 @@ def controls(bench: Bench, learned: dict[int, float]) -> Iterator[Row]:
     yield bench.run("base + TACT", tact)
     folder = bench.work / "base-tact"
     tact.save_corrected(str(folder))
-    for steps in learned:
-        module = bench.resume(folder, **SCALE_SHIFT)
-        yield bench.run(f"base + TACT + learned, {steps}", module, steps=steps)
+    for name in learned:
+        if name.startswith(SCALES):
+            steps = int(name.rpartition(" ")[2])
+            module = bench.resume(folder, **SCALE_SHIFT)
+            yield bench.run(f"base + TACT + learned, {steps}", module, steps=steps)
     yield Row("base, heads refitted on 256 labels", refitted_heads(bench.case, base))
     average.configure_model()
     yield Row("average, heads refitted on 256 labels", refitted_heads(bench.case, average))
-    for steps, seconds in learned.items():
-        for name, module in (("base", base), ("average", average)):
-            network, clock = shared_body(module), Clock()
-            distil(network, bench.case, seconds)
-            clock.stop()
-            title = f"{name}, all weights distilled, seconds of {steps}"
-            yield Row(title, bench.case.ratio(network), *clock.read())
+    for name, seconds in learned.items():
+        # The base for as long as scale and shift, the average for as long as all weights.
+        start, module = ("base", base) if name.startswith(SCALES) else ("average", average)
+        network, clock = shared_body(module), Clock()
+        distil(network, bench.case, seconds, mixup=MIXED in name)
+        clock.stop()
+        title = f'{start}, all weights distilled, seconds of "{name}"'
+        yield Row(title, bench.case.ratio(network), *clock.read())
 
 
-def stages(bench: Bench, steps: Sequence[int], learned: dict[int, float]) -> Iterator[Row]:
+def stages(bench: Bench, steps: Sequence[int], learned: dict[str, float]) -> Iterator[Row]:
     """Yield our own stages.
 
     Args:
         bench: What is corrected.
         steps: Lengths of the learned fits.
-        learned: Takes up the CPU seconds of each learned fit of scale and shift.
+        learned: Takes up the CPU seconds of each learned fit, by its row's name.
     """
     yield bench.run("average + TACT", bench.merge(Average(), closed_form="tact"))
     solved = LeastSquares()
@@ -116,48 +124,85 @@ def stages(bench: Bench, steps: Sequence[int], learned: dict[int, float]) -> Ite
     yield bench.run(CLOSED_FORM, module)
     folder = bench.work / "closed-form"
     module.save_corrected(str(folder))
-    for count in steps:
-        module = bench.resume(folder, **SCALE_SHIFT)
-        row = bench.run(f"+ learned scale and shift, {count}", module, steps=count)
-        learned[count] = row.seconds
-        yield row
-    for count in steps:
-        features = FEATURE_WEIGHT[bench.case.architecture]
-        module = bench.resume(folder, **ALL_WEIGHTS, feature_weight=features)
-        yield bench.run(f"+ all weights, {count}", module, steps=count)
+    weights = {**ALL_WEIGHTS, "feature_weight": FEATURE_WEIGHT[bench.case.architecture]}
+    fits = ((SCALES, SCALE_SHIFT), (WEIGHTS, weights), (WEIGHTS + MIXED, {**weights, "mixup": 1.0}))
+    for name, settings in fits:
+        for count in steps:
+            row = bench.run(f"{name}, {count}", bench.resume(folder, **settings), steps=count)
+            learned[row.name] = row.seconds
+            yield row
 
 
-def measure(
-    case: Case, work: Path, steps: Sequence[int], console: Console
-) -> tuple[list[Row], list[str]]:
-    """Run everything on one case, showing each row when it is there; return rows and notes."""
-    bench, rows = Bench(case, work), []
-    learned: dict[int, float] = {}
+@dataclass(frozen=True)
+class Job:
+    """One case: what a process measures."""
 
-    def take(section: str, found: Iterator[Row]) -> None:
-        for row in found:
-            row.section = section
-            rows.append(row)
-            console.print(f"  {row.mean:6.1f} %  {row.seconds:6.1f} s  {row.name}")
+    architecture: str
+    locality: str
+    seed: int
+    steps: tuple[int, ...]
+    cache: Path
 
-    wall = 0.0
-    if case.locality == "non-local":
-        module = bench.merge(Average(), closed_form="none")
-        take(NO_DATA, iter([bench.run("average, not aligned", module)]))
-        seconds, wall = bench.align().read()
-        console.print(f"  aligned in {seconds:.1f} s")
-    take(NO_DATA, without_data(bench))
-    take(STAGES, stages(bench, steps, learned))
-    take(CONTROLS, controls(bench, learned))
+    @property
+    def name(self) -> str:
+        """Architecture, locality and seed."""
+        return f"{self.architecture}, {self.locality}, seed {self.seed}"
 
-    parts = (CLOSED_FORM, f"+ learned scale and shift, {steps[-1]}", f"+ all weights, {steps[-1]}")
+    @property
+    def zoo(self) -> Zoo:
+        """Its experts."""
+        return Zoo(self.cache, self.architecture, self.seed)
+
+    def case(self) -> Case:
+        """Return what is corrected, trained where the cache lacks it."""
+        return prepare(
+            self.zoo, self.locality, task_images(), unlabelled=UNLABELLED, labelled=LABELLED
+        )
+
+
+def train(jobs: Sequence[Job]) -> None:
+    """Train what the cache lacks of one architecture and seed."""
+    for job in jobs:
+        job.case()
+
+
+def measure(job: Job) -> tuple[list[Row], list[str]]:
+    """Run everything on one case, printing each row when it is there; return rows and notes."""
+    case = job.case()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        bench, rows = Bench(case, work), []
+        learned: dict[str, float] = {}
+
+        def take(section: str, found: Iterator[Row]) -> None:
+            for row in found:
+                row.section = section
+                rows.append(row)
+                print(
+                    f"{job.name}: {row.mean:6.1f} %  {row.seconds:6.1f} s  {row.name}", flush=True
+                )
+
+        wall = 0.0
+        if case.locality == "non-local":
+            module = bench.merge(Average(), closed_form="none")
+            take(NO_DATA, iter([bench.run("average, not aligned", module)]))
+            seconds, wall = bench.align().read()
+            print(f"{job.name}: aligned in {seconds:.1f} s", flush=True)
+        take(NO_DATA, without_data(bench))
+        take(STAGES, stages(bench, job.steps, learned))
+        take(CONTROLS, controls(bench, learned))
+        slower, folded = bench.inference(work / "closed-form")
+    last = job.steps[-1]
+    parts = (CLOSED_FORM, f"{SCALES}, {last}", f"{WEIGHTS}, {last}")
     walls = {row.name: row.wall for row in rows}
     taken = [wall + walls[CLOSED_FORM] + walls[fit] for fit in parts[1:]]
-    slower, folded = bench.inference(work / "closed-form")
     experts = ", ".join(f"{task} {100 * score:.1f} %" for task, score in case.accuracies.items())
+    best = next(row for row in rows if row.name == parts[-1])
+    by_task = ", ".join(f"{task} {ratio:.1f} %" for task, ratio in best.ratios.items())
     return rows, [
         f"seed {case.seed}: experts {experts}",
-        f"  alignment, closed form and {steps[-1]} steps: {taken[0]:.0f} s (scale and shift), "
+        f"  all weights, of the expert: {by_task}",
+        f"  alignment, closed form and {last} steps: {taken[0]:.0f} s (scale and shift), "
         f"{taken[1]:.0f} s (all weights)",
         f"  inference: {slower:+.0f} % with corrections, {folded:+.0f} % folded",
     ]
@@ -194,32 +239,45 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one seed")
     parser.add_argument("--steps", nargs="+", type=int, default=[300], help="of the learned fits")
     parser.add_argument("--cache", type=Path, default=DEFAULT_CACHE, help="of trained experts")
+    parser.add_argument("--processes", type=int, default=2, help="cases at a time")
     options = parser.parse_args()
     console, begin = Console(), time.perf_counter()
     reason = missing_data()
     if reason is not None:
         console.print(f"skipped: {reason}")
         return
-    quiet()
-    tasks = task_images()
+    steps = tuple(sorted(options.steps))
+    seeds = options.seeds[: 1 if options.quick else None]
+    trainings = [
+        [Job(architecture, locality, seed, steps, options.cache) for locality in options.localities]
+        for seed in seeds
+        for architecture in options.architectures
+    ]
+    jobs = [job for training in trainings for job in training]
+    spawned = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(options.processes, spawned, initializer=_prepare_process) as pool:
+        list(pool.map(train, trainings))
+        console.print(f"experts are there after {(time.perf_counter() - begin) / 60:.1f} minutes")
+        measured = dict(zip(jobs, pool.map(measure, jobs), strict=True))
     tables = []
     for architecture in options.architectures:
         for locality in options.localities:
             results = Results()
-            for seed in options.seeds[: 1 if options.quick else None]:
-                zoo = Zoo(options.cache, architecture, seed)
-                console.print(f"{architecture}, {locality}, seed {seed}")
-                case = prepare(zoo, locality, tasks, unlabelled=UNLABELLED, labelled=LABELLED)
-                with tempfile.TemporaryDirectory() as work:
-                    rows, notes = measure(case, Path(work), sorted(options.steps), console)
-                results.rows[seed] = rows
-                results.notes += notes
+            for job, (rows, notes) in measured.items():
+                if (job.architecture, job.locality) == (architecture, locality):
+                    results.rows[job.seed] = rows
+                    results.notes += notes
             tables.append((table(f"{architecture}, {locality}", results), results.notes))
     for shown, notes in tables:
         console.print(shown)
         for note in notes:
             console.print(note)
     console.print(f"{(time.perf_counter() - begin) / 60:.1f} minutes")
+
+
+def _prepare_process() -> None:
+    torch.set_num_threads(1)
+    quiet()
 
 
 if __name__ == "__main__":

@@ -87,13 +87,17 @@ def teachers(case: Case) -> dict[str, Tensor]:
     }
 
 
-def distil(network: SharedBody, case: Case, seconds: float, *, lr: float = 3e-3) -> None:
+def distil(
+    network: SharedBody, case: Case, seconds: float, *, mixup: bool = False, lr: float = 3e-3
+) -> None:
     """Fit all weights, heads too, to the experts' logits for some CPU seconds.
 
-    AdamW with a cosine over the time; BatchNorm trains on mixed batches, as it does anywhere.
+    AdamW with a cosine over the time; BatchNorm trains on mixed batches, as it does anywhere. With
+    mixup, every image is blended with another of its task, and the experts answer for the blends.
     """
     begin = time.process_time()
     targets = teachers(case)
+    experts = {task: case.expert(task) for task in case.unlabelled} if mixup else {}
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(case.seed)
     network.train()
@@ -104,11 +108,18 @@ def distil(network: SharedBody, case: Case, seconds: float, *, lr: float = 3e-3)
             task: torch.randperm(len(images), generator=generator)[:PER_STEP]
             for task, images in case.unlabelled.items()
         }
-        inputs = torch.cat([case.unlabelled[task][rows] for task, rows in chosen.items()])
-        features = torch.split(network.features(inputs), PER_STEP)
+        inputs = {task: case.unlabelled[task][rows] for task, rows in chosen.items()}
+        wanted = {task: targets[task][rows] for task, rows in chosen.items()}
+        if mixup:
+            for task, images in inputs.items():
+                share = torch.rand(len(images), 1, 1, 1, generator=generator)
+                inputs[task] = share * images + (1 - share) * images.roll(1, 0)
+                with torch.no_grad():
+                    wanted[task] = experts[task](inputs[task])
+        features = torch.split(network.features(torch.cat(list(inputs.values()))), PER_STEP)
         losses = [
-            _divergence(network.heads[task](own), targets[task][rows])
-            for own, (task, rows) in zip(features, chosen.items(), strict=True)
+            _divergence(network.heads[task](own), wanted[task])
+            for task, own in zip(inputs, features, strict=True)
         ]
         optimizer.zero_grad()
         torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call]

@@ -57,13 +57,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--replace", action="store_true", help="replace an earlier demo's folder")
     parser.add_argument("--seed", type=int, default=0, help="seed of every training")
     parser.add_argument("--steps", type=int, default=150, help="steps of the learned correction")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of text")
     options = parser.parse_args(list(argv))
     _prepare(options.output, replace=options.replace)
 
+    from lit_merge.cli.json_output import json_result
     from lit_merge.cli.run import run_recipe
 
     given = {"output": str(options.output), "seed": options.seed, "steps": options.steps}
-    status = run_recipe(RECIPE["steps"], {**RECIPE["variables"], **given})
-    if status == 0:
-        print(f"Open {options.output / 'report.html'}")
-    return status
+    with json_result("demo", asked=options.json) as result:
+        ran = run_recipe(RECIPE["steps"], {**RECIPE["variables"], **given})
+        if result.asked:
+            ran.show(result)
+        elif ran.status == 0:
+            print(f"Open {options.output / 'report.html'}")
+    return ran.status

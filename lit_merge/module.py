@@ -9,7 +9,7 @@ What a fit does, on one device or many::
 1. ``configure_model`` merges the experts' files (or loads a merged folder) into a copy of the
    network, with a head per task and a correction per task and site.
 2. When the fit starts, each expert runs once over its own task's examples: its activation
-   statistics set the corrections (TACT), its logits become the targets. Then the expert is dropped.
+   statistics set the corrections (TACT), its logits become the targets. Then it is dropped.
 3. Each training batch mixes the tasks and goes through the merged network once. Only the
    corrections learn, unless ``trainable``, ``heads``, ``surgery_rank`` or ``coefficients`` say
    more. The fit ends with the state that was best on a held-out share of the examples, the
@@ -108,6 +108,8 @@ class MergeModule(LearnedClassifier):
         temperature: Softens the experts' logits; 1 takes them as they are.
         feature_weight: Weight of the squared distance to the expert's final feature (the input of
             its head), in units of that feature's variance on the task; 0 for none.
+        mixup: Learns from blends of two examples of a task, in shares from Beta(mixup, mixup), for
+            which the experts are asked at every step and stay in memory; 0 for none.
         lr: Adam's largest learning rate; falls to zero over the fit as a cosine.
         weights_lr: The same for shared weights and heads.
         elastic: Pulls the shared weights to the merged ones by the merge's precision (from
@@ -147,6 +149,7 @@ class MergeModule(LearnedClassifier):
         surgery_rank: int = 0,
         temperature: float = 2.0,
         feature_weight: float = 0.0,
+        mixup: float = 0.0,
         lr: float = 1e-2,
         weights_lr: float = 3e-3,
         elastic: float = 0.0,
@@ -169,6 +172,7 @@ class MergeModule(LearnedClassifier):
             surgery_rank=surgery_rank,
             temperature=temperature,
             feature_weight=feature_weight,
+            mixup=mixup,
             lr=lr,
             weights_lr=weights_lr,
             elastic=elastic,
@@ -321,15 +325,12 @@ class MergeModule(LearnedClassifier):
         if learns:
             if self.fit.trains_batch_norm and not self.anchored:
                 self._anchor(data)
-            self.targets = self.elastic = None
+            self.targets = self.mixup = self.elastic = None
             if asks:
-                self.targets = ask_experts(
-                    self._expert,
-                    self.tasks,
-                    data,
-                    num_classes=self._num_classes,
-                    features=self.fit.feature_weight > 0,
-                    shown=self._shows_progress,
+                classes = dict(zip(self.tasks, self._num_classes, strict=True))
+                shown = self._shows_progress
+                self.targets, self.mixup = ask_experts(
+                    self._expert, classes, data, fit=self.fit, seed=self.seed, shown=shown
                 )
             if self.fit.elastic:
                 weights = self.network.shared_parameters()

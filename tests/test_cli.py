@@ -125,6 +125,19 @@ def test_module_and_script_are_the_command() -> None:
         assert "Traceback" not in done.stderr
 
 
+def test_modules_in_the_working_folder_are_found_after_installed_ones(tmp_path: Path) -> None:
+    for name in ("my_model_of_a_test", "lit_merge"):
+        (tmp_path / f"{name}.py").write_text("where = 'here'\n")
+    code = (
+        "import sys; from lit_merge.cli import main; sys.argv = ['lit-merge', '--version']; "
+        "main(); import lit_merge, my_model_of_a_test as own; "
+        "print(own.where, hasattr(lit_merge, 'where'))"
+    )
+    isolated = [sys.executable, "-I", "-c", code]  # as a console script: without the folder
+    done = subprocess.run(isolated, cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[1] == "here False"
+
+
 def test_reader_that_closes_the_pipe_is_no_error() -> None:
     code = (
         "import sys, types; module = types.ModuleType('m'); "

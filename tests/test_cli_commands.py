@@ -512,6 +512,10 @@ def test_loggers_have_losses_and_learning_rates(merged: Run, tmp_path: Path) -> 
         rows = list(csv.DictReader(stream))
     losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
     held_out = [float(row["holdout/loss"]) for row in rows if row["holdout/loss"]]
+    by_task = [key for key in rows[0] if re.fullmatch(r"holdout/.+/loss", key)]
+    first = next(row for row in rows if row["holdout/loss"])
+    assert len(by_task) == 2
+    assert held_out[0] == pytest.approx(sum(float(first[key]) for key in by_task) / 2)
     (name,) = [key for key in rows[0] if key.startswith("lr-")]
     rates = [float(row[name]) for row in rows if row[name]]
     assert len(losses) == 4  # every 5th of 20 steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,11 @@ def test_the_whole_way_ends_with_a_table_and_a_page(
     short = {"tasks": few, "base_epochs": 1, "expert_epochs": 1, "depth": 1}
     monkeypatch.setitem(demo.RECIPE, "variables", {**variables, **short})
     run = tmp_path / "run"
-    assert demo.main(["--output", str(run), "--steps", "2"]) == 0
-    printed = capsys.readouterr().out
+    assert demo.main(["--output", str(run), "--steps", "2", "--json"]) == 0
+    out, printed = capsys.readouterr()
+    shown = json.loads(out)
+    assert (shown["command"], shown["output"]) == ("demo", str(run))
+    assert {step["state"] for step in shown["steps"]} == {"done"}
     evaluation = read_evaluation(run / "evaluation.json")
     models = {row.model for row in evaluation.rows}
     assert {"average", "ties", "gradient-matching", "base + TACT + learned"} <= models

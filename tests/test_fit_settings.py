@@ -24,6 +24,11 @@ from lit_merge.merged.fit_settings import FitSettings
         ),
         ({"weights_lr": 0.0}, "weights_lr: must be positive and finite; got 0.0"),
         ({"feature_weight": -1.0}, "feature_weight: must be at least 0 and finite; got -1.0"),
+        ({"mixup": -1.0}, "mixup: must be at least 0 and finite; got -1.0"),
+        (
+            {"mixup": 1.0, "teacher": "labels"},
+            'mixup: must go with teacher: "experts", whose answers',
+        ),
         ({"elastic": float("inf")}, "elastic: must be at least 0 and finite; got inf"),
         ({"surgery_rank": -1}, "surgery_rank: must be at least 0; got -1"),
         ({"holdout_every": 0}, "holdout_every: must be at least 1; got 0"),

@@ -224,6 +224,24 @@ def test_listing_does_nothing(files: Path, capsys: pytest.CaptureFixture[str]) -
     assert not (files / "run").exists()
 
 
+def test_json_lists_the_steps_and_what_became_of_each(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def shown(*words: str, status: int = 0) -> list[tuple[str, bool]]:
+        assert run(files, recipe(files), "--json", *words) == status
+        content = json.loads(capsys.readouterr().out)
+        assert (content["command"], content["status"]) == ("run", status)
+        assert content["output"] == str(files / "run")
+        return [(step["state"], step["seconds"] is not None) for step in content["steps"]]
+
+    assert shown("--list") == [("planned", False)] * 2
+    (files / "b.safetensors").rename(files / "away")
+    assert shown(status=2) == [("failed", False)]
+    (files / "away").rename(files / "b.safetensors")
+    assert shown() == [("done", True)] * 2
+    assert shown() == [("skipped", True)] * 2
+
+
 def test_what_a_recipe_must_not_do_is_refused(
     files: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,9 @@ def test_a_mixed_batch_has_the_losses_of_each_task_alone() -> None:
     task, index = torch.tensor([0, 1, 1, 0]), torch.tensor([5, 0, 3, 2])
     own = torch.randn(4, 5, requires_grad=True)  # a shared head: no −inf beyond a task's classes
     feature = torch.randn(4, 7)
-    loss = targets.loss(own, feature, task, index, temperature=2.0, feature_weight=0.5)
+    loss = targets.loss(
+        own, feature, targets.at(task, index), task, temperature=2.0, feature_weight=0.5
+    )
     for row, (t, i) in enumerate(zip(task.tolist(), index.tolist(), strict=True)):
         width = logits[t].shape[1]
         expected = softened_divergence(
@@ -38,7 +40,9 @@ def test_a_mixed_batch_has_the_losses_of_each_task_alone() -> None:
 def test_logits_that_are_minus_infinity_beyond_the_classes_have_finite_gradients() -> None:
     targets = Targets.of([torch.randn(2, 4), torch.randn(2, 2)], tasks=("a", "b"))
     own = torch.tensor([[0.3, 1.0, -torch.inf, -torch.inf]], requires_grad=True)
-    targets.loss(own, None, torch.tensor([1]), torch.tensor([0]), temperature=1.0).sum().backward()
+    task = torch.tensor([1])
+    teacher = targets.at(task, torch.tensor([0]))
+    targets.loss(own, None, teacher, task, temperature=1.0).sum().backward()
     assert own.grad is not None
     assert own.grad.isfinite().all()
 

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
+from lit_merge.distributed import is_dtensor
 from lit_merge.expert import ExpertInfo, write_expert
 from lit_merge.least_squares import LeastSquares
 from lit_merge.methods import TaskArithmetic
 from lit_merge.module import MergeModule
 from lit_merge.tasks import DatasetTask, MultiTaskDataModule
 from tests.references import softened_divergence
+from tests.sharded_fits import in_torchrun
 from tests.tiny_fits import QUIET, tiny_trainer
 from tests.tiny_merge import HEAD, TinyNet
 
@@ -155,6 +160,32 @@ def test_a_fit_with_batch_norm_in_training_begins_with_the_outputs_of_the_closed
     assert transparent.running_var.min() > 0.99
     assert norm.running_var.min() > 0
     assert float((norm.running_var - transparent.running_var).abs().max()) > 0.05
+
+
+def _fit_of_a_part(folder: Path, path: Path, name: str, rank: int) -> bool:
+    parts = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    module = norm_module(folder, holdout=0.25, holdout_every=2, weights_lr=0.01)
+    # By default DistributedDataParallel gives all ranks the first one's buffers at every step.
+    strategy = parts if name == "fsdp" else DDPStrategy(broadcast_buffers=False)
+    norm_fit(module, path, max_steps=4, strategy=strategy, devices=2)
+    sharded = is_dtensor(module.network.network.body[1].weight)
+    module.save_corrected(path / name)
+    return sharded
+
+
+@pytest.mark.distributed
+@pytest.mark.filterwarnings("ignore:.*returned a view tensor")
+def test_sharded_batch_norms_are_trained_as_whole_ones_are(
+    norm_folder: Path, tmp_path: Path
+) -> None:
+    for name, sharded in (("ddp", False), ("fsdp", True)):
+        run = partial(_fit_of_a_part, norm_folder, tmp_path, name)
+        assert in_torchrun(run, layout="fsdp", folder=tmp_path) == [sharded] * 2
+    whole, parts = (load_file(tmp_path / name / "model.safetensors") for name in ("ddp", "fsdp"))
+    assert "body.1.running_mean" in whole
+    assert sorted(whole) == sorted(parts)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-4, atol=2e-5, msg=name)
 
 
 def test_a_resumed_fit_does_not_touch_its_batch_norms_again(

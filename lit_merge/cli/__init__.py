@@ -35,7 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run ``lit-merge``.
 
     Args:
-        argv: The arguments after the program's name; those of the process when None.
+        argv: The arguments after the program's name. When None those of the process, and modules
+            in the working folder can then be imported too.
 
     Returns:
         The exit status.
@@ -43,6 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Raises:
         InputError: An input cannot be used and LIT_MERGE_TRACEBACK=1 asks for the traceback.
     """
+    if argv is None:
+        _find_modules_here()
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with terminating_in_order():
@@ -73,6 +76,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except SystemExit as stop:  # a parser has printed a help page or a configuration
         return status_of_exit(stop)
+
+
+def _find_modules_here() -> None:
+    """Let ``--model my_model.MyModel`` find my_model.py in the working folder.
+
+    Last on the path: what is installed must not be shadowed by a file that happens to lie there.
+    """
+    if "" not in sys.path:
+        sys.path.append("")
 
 
 def _dispatch(arguments: list[str]) -> int:

@@ -304,6 +304,7 @@ COMMANDS: tuple[Command, ...] = (
             ("--config FILE", "the recipe: variables and steps"),
             ("--variables.NAME VALUE", "another value for one of its variables"),
             ("--list", "say what would be done, and do nothing"),
+            _JSON,
         ),
         example="lit-merge run --config configs/run_text.yaml --variables.output runs/text-1",
     ),

@@ -69,7 +69,8 @@ def parse(parser: ArgumentParser, argv: Sequence[str]) -> Namespace:
     except ModuleNotFoundError as error:  # of the path of a class
         raise InputError(
             f"{error.name}: must be a module that can be imported; got none of that name. Name a "
-            "class by its path, my_package.MyClass, and put its folder on PYTHONPATH."
+            "class by its path, my_package.MyClass, and run this where my_package is, or put that "
+            "folder on PYTHONPATH."
         ) from error
 
 

@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lit_merge.cli.commands import COMMANDS
+from lit_merge.cli.json_output import JsonResult, json_result
 from lit_merge.errors import InputError
 from lit_merge.recipe import RunFolder, Step, fill, plan
 
@@ -42,6 +44,9 @@ def run_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--list", action="store_true", help="Say what would be done, and do nothing."
     )
+    parser.add_argument(
+        "--json", action="store_true", help="Print one JSON object instead of text, with the steps."
+    )
     return parser
 
 
@@ -55,9 +60,33 @@ def main(argv: Sequence[str]) -> int:
     parser = run_parser()
     options, rest = parser.parse_known_args(list(argv))
     steps, variables = read_recipe(options.config)
-    return run_recipe(
-        steps, {**variables, **options.variables, **_given(rest)}, list_only=options.list
-    )
+    given = {**variables, **options.variables, **_given(rest)}
+    with json_result("run", asked=options.json) as result:
+        ran = run_recipe(steps, given, list_only=options.list)
+        if result.asked:
+            ran.show(result)
+    return ran.status
+
+
+@dataclass(frozen=True)
+class RecipeRun:
+    """What :func:`run_recipe` has done.
+
+    Attributes:
+        status: The exit status: that of the first step that fails, or 0.
+        output: The folder of the run.
+        steps: Of each step that was reached: its number, title, command line, whether it is
+            ``done``, ``skipped`` as done before, ``failed`` or, of a list, ``planned``, and the
+            seconds that it took, null where it did not run to its end.
+    """
+
+    status: int
+    output: Path
+    steps: tuple[Mapping[str, Any], ...]
+
+    def show(self, result: JsonResult) -> None:
+        """Print it as JSON."""
+        result.show({"status": self.status, "steps": self.steps}, output=self.output)
 
 
 def read_recipe(path: str) -> tuple[list[Any], dict[str, Any]]:
@@ -119,16 +148,13 @@ def _given(words: Sequence[str]) -> dict[str, Any]:
 
 def run_recipe(
     steps: Sequence[Mapping[str, Any]], variables: Mapping[str, Any], *, list_only: bool = False
-) -> int:
+) -> RecipeRun:
     """Do what a recipe says, but for the steps that are done.
 
     Args:
         steps: The recipe's steps.
         variables: Its variables.
         list_only: Whether to print the steps and do nothing.
-
-    Returns:
-        The exit status: that of the first step that fails, or 0.
 
     Raises:
         InputError: As :func:`main`.
@@ -153,22 +179,36 @@ def run_recipe(
     console = Console()
     begun = False
     start = time.perf_counter()
+    reached: list[dict[str, Any]] = []
     for step in planned:
         begun = begun or not folder.is_done(step)
         console.rule(f"[bold]{step.number}/{len(planned)} {step.title}", align="left")
+        words, state, status, seconds = [step.command, *step.arguments], "planned", 0, None
         if not begun:
-            console.print(f"done before, in {folder.seconds(step):.1f} s", style="dim")
+            state, seconds = "skipped", folder.seconds(step)
+            console.print(f"done before, in {seconds:.1f} s", style="dim")
         elif list_only:
-            console.print(f"lit-merge {shlex.join([step.command, *step.arguments])}", style="dim")
+            console.print(f"lit-merge {shlex.join(words)}", style="dim")
         else:
             replaces = any(option == "--replace" for option, _ in commands[step.command].options)
-            status = _run(step, folder.begin(step, replaces=replaces), folder, console)
-            if status:
-                return status
+            words = folder.begin(step, replaces=replaces)
+            status = _run(step, words, folder, console)
+            state, seconds = ("failed", None) if status else ("done", folder.seconds(step))
+        reached.append(
+            {
+                "number": step.number,
+                "title": step.title,
+                "command": f"lit-merge {shlex.join(words)}",
+                "state": state,
+                "seconds": seconds,
+            }
+        )
+        if status:
+            return RecipeRun(status, folder.path, tuple(reached))
     console.rule(align="left")
     if not list_only:
         console.print(f"Done in {time.perf_counter() - start:.0f} s: {folder.path}")
-    return 0
+    return RecipeRun(0, folder.path, tuple(reached))
 
 
 def _run(step: Step, words: list[str], folder: RunFolder, console: Any) -> int:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor, nn
-from torchmetrics import MetricCollection
 
 from lit_merge.correction import Site
 from lit_merge.distributed import barrier, rank, reshard
@@ -28,7 +27,7 @@ from lit_merge.merged.network import (
 )
 from lit_merge.sharding import whole
 from lit_merge.tasks import MultiTaskDataModule
-from lit_merge.tasks.classification_metrics import classification_metrics, update_metrics
+from lit_merge.tasks.classification_metrics import TaskMetrics, update_metrics
 from lit_merge.tasks.mixed_batches import MergeBatch, without_invalid
 
 _STATE = "lit_merge"
@@ -58,7 +57,7 @@ class MergedClassifier(L.LightningModule):
         self.merged: MergedNetwork | None = None
         self.register_buffer("calibrated", torch.tensor(0))
         self.solved: tuple[SolvedLayer, ...] = ()
-        self.metrics = nn.ModuleDict()
+        self.metrics = TaskMetrics()
         self._merge_record: Mapping[str, Any] = {}
         self._num_classes: list[int | None] = []
         self._own_index: tuple[int, ...] = ()
@@ -224,27 +223,13 @@ class MergedClassifier(L.LightningModule):
             if misfit is not None:
                 raise InputError(f"task {name!r}: {misfit}")
             self._num_classes[index] = width or data.tasks[name].num_classes
-        for stage in ("val", "test"):
-            if stage not in self.metrics:
-                self.metrics[stage] = nn.ModuleList(
-                    classification_metrics(classes or 2, f"{stage}/{name}/")
-                    for name, classes in zip(tasks, self._num_classes, strict=True)
-                )
+        self.metrics.restart(tasks, [classes or 2 for classes in self._num_classes])
         self.metrics.to(self.device)
-        for metrics in self.metrics.modules():
-            if isinstance(metrics, MetricCollection):
-                # Here and not at the end: tensors that were reset in inference mode cannot be
-                # counted in outside of it, as the sanity check of a fit does.
-                metrics.reset()
         return data
 
     def own_tasks(self, batch: MergeBatch) -> Tensor:
         """Return the model's index of each example's task, int64 ``[B]``."""
         return torch.tensor(self._own_index, device=batch.task.device)[batch.task]
-
-    def own_logits(self, logits: Tensor, rows: Tensor, index: int) -> Tensor:
-        """Return the logits of some examples of one task over its own classes, ``[n, ..., C]``."""
-        return logits[rows][..., : self._num_classes[index]]
 
     def _index(self, task: str) -> int:
         tasks = self.tasks
@@ -260,26 +245,13 @@ class MergedClassifier(L.LightningModule):
         labels = without_invalid(batch.labels, batch.valid)
         for index in sorted(set(task.tolist())):
             rows = task == index
-            own = self.own_logits(logits, rows, index)
-            update_metrics(self._metrics(stage, index), own, labels[rows])
+            own = logits[rows][..., : self._num_classes[index]]
+            update_metrics(self.metrics.of(stage, index), own, labels[rows])
 
     def _log_metrics(self, stage: str) -> None:
-        means: dict[str, list[Tensor]] = {"accuracy": [], "nll": []}
-        for index, task in enumerate(self.tasks):
-            metrics = self._metrics(stage, index)
-            # All ranks have equally many batches of each task, so all of them come here.
-            if metrics["nll"].update_called:
-                values = metrics.compute()
-                self.log_dict(values, sync_dist=True, add_dataloader_idx=False)
-                for name, listed in means.items():
-                    listed.append(values[f"{stage}/{task}/{name}"])
-        for name, listed in means.items():
-            if listed:
-                mean = torch.stack(listed).mean()
-                self.log(f"{stage}/{name}", mean, sync_dist=True, prog_bar=stage == "val")
-
-    def _metrics(self, stage: str, index: int) -> MetricCollection:
-        return cast("MetricCollection", cast("nn.ModuleList", self.metrics[stage])[index])
+        values, means = self.metrics.compute(stage)
+        self.log_dict(values, sync_dist=True, add_dataloader_idx=False)
+        self.log_dict(means, sync_dist=True, prog_bar=stage == "val")
 
     def record(self) -> CorrectionRecord:
         """Return what has to be known to build this model again."""

@@ -2,7 +2,7 @@
 
 Its activation statistics on a few examples set the corrections in closed form, its logits on all
 training examples are the targets of the learned fit. An expert is loaded once, run without
-gradients, and freed.
+gradients, and freed; with mixup it stays for the fit.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ from lit_merge.expert import open_expert
 from lit_merge.least_squares.prefix_sweep import Teacher
 from lit_merge.merged.distillation import logits_of_all
 from lit_merge.merged.final_feature import only_feature
+from lit_merge.merged.fit_settings import FitSettings
+from lit_merge.merged.mixup import Mixup
 from lit_merge.merged.network import MergedNetwork, expert_network
 from lit_merge.merged.targets import Targets
 from lit_merge.tasks import MultiTaskDataModule
@@ -164,35 +166,45 @@ class ExpertLessons:
 
 def ask_experts(
     lessons: Callable[[str], ExpertLessons],
-    tasks: Sequence[str],
+    num_classes: Mapping[str, int | None],
     data: MultiTaskDataModule,
     *,
-    num_classes: Sequence[int | None],
-    features: bool,
+    fit: FitSettings,
+    seed: int,
     shown: bool,
-) -> Targets:
-    """Return the experts' outputs on all training examples; one expert is there at a time.
+) -> tuple[Targets, Mixup | None]:
+    """Return the experts' outputs on all training examples, and who answers for others.
+
+    One expert is there at a time, but for mixup.
 
     Args:
         lessons: Loads the expert of a task.
-        tasks: Names of the tasks in the order of their indices.
+        num_classes: Number of classes by task, in the order of their indices; None where it is not
+            known.
         data: The tasks' examples.
-        num_classes: Number of classes of each task; None where it is not known.
-        features: Whether the final features are wanted, too.
+        fit: What the outputs are for.
+        seed: Seed of mixup.
         shown: Whether to draw a bar.
 
     Raises:
         InputError: If an expert cannot be read, does not fit, or gives outputs that are not finite.
     """
-    seen = sum(len(data.examples(task, "train")) for task in tasks)
-    answers = []
+    seen = sum(len(data.examples(task, "train")) for task in num_classes)
+    features = fit.feature_weight > 0
+    answers, staying = [], {}
     with lessons_bar(seen, shown=shown) as advance:
-        for task, classes in zip(tasks, num_classes, strict=True):
+        for task, classes in num_classes.items():
+            expert = lessons(task)
             inputs = _inputs(data, task, advance)
-            answers.append(lessons(task).answers(inputs, num_classes=classes, features=features))
+            answers.append(expert.answers(inputs, num_classes=classes, features=features))
+            if fit.mixup:
+                staying[task] = expert
     logits = [own for own, _ in answers]
     read = [feature for _, feature in answers if feature is not None]
-    return Targets.of(logits, read or None, tasks=tasks)
+    targets = Targets.of(logits, read or None, tasks=list(num_classes))
+    if not staying:
+        return targets, None
+    return targets, Mixup(staying, list(num_classes.values()), fit.mixup, features, seed)
 
 
 def _inputs(data: MultiTaskDataModule, task: str, advance: Callable[[int], None]) -> Iterator[Any]:

@@ -31,6 +31,8 @@ class FitSettings:
         surgery_rank: Rank of the representation surgery before the head; 0 for none.
         temperature: Softens the experts' logits; 1 takes them as they are.
         feature_weight: Weight of the distance to the expert's final feature; 0 for none.
+        mixup: Each example of a batch is blended with another of its task, in shares from
+            Beta(mixup, mixup), and the experts answer for the blends; 0 for none.
         lr: Largest learning rate of corrections, surgery and coefficients.
         weights_lr: Largest learning rate of shared weights and heads.
         elastic: Strength of the pull to the merged weights, in units of the loss per squared
@@ -51,6 +53,7 @@ class FitSettings:
     surgery_rank: int = 0
     temperature: float = 2.0
     feature_weight: float = 0.0
+    mixup: float = 0.0
     lr: float = 1e-2
     weights_lr: float = 3e-3
     elastic: float = 0.0
@@ -77,7 +80,7 @@ class FitSettings:
                 raise InputError(
                     f"{name}: must be positive and finite; got {number}. Leave the default."
                 )
-        for name in ("feature_weight", "elastic"):
+        for name in ("feature_weight", "mixup", "elastic"):
             number = getattr(self, name)
             if not (number >= 0 and math.isfinite(number)):
                 raise InputError(
@@ -122,11 +125,12 @@ class FitSettings:
                 f"patience: must go with a held-out part; got {self.patience} with holdout 0. Set "
                 "holdout to 0.1."
             )
-        if self.feature_weight and self.teacher == "labels":
-            raise InputError(
-                'feature_weight: must go with teacher: "experts", whose features they are; got '
-                f'{self.feature_weight} with "labels". Set it to 0.'
-            )
+        for name, what in (("feature_weight", "features they are"), ("mixup", "answers it needs")):
+            if getattr(self, name) and self.teacher == "labels":
+                raise InputError(
+                    f'{name}: must go with teacher: "experts", whose {what}; got '
+                    f'{getattr(self, name)} with "labels". Set it to 0.'
+                )
 
 
 def require_teacher(settings: FitSettings, data: MultiTaskDataModule) -> None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from statistics import fmean
 from typing import Any, cast
 
 import torch
@@ -32,6 +33,7 @@ from lit_merge.merged.expert_lessons import Surroundings
 from lit_merge.merged.final_feature import only_feature
 from lit_merge.merged.fit_settings import FitSettings
 from lit_merge.merged.holdout import BestState, choose_held_out, held_out_batches
+from lit_merge.merged.mixup import Mixup
 from lit_merge.merged.network import CorrectionFactory, MergedNetwork
 from lit_merge.merged.targets import Targets
 from lit_merge.merged.trained_batch_norm import running_statistics, share_running_statistics
@@ -71,6 +73,7 @@ class LearnedClassifier(MergedClassifier):
         self.fit = fit
         self.seed = seed
         self.targets: Targets | None = None
+        self.mixup: Mixup | None = None
         self.elastic: ElasticPenalty | None = None
         self.best = BestState()
         self._held_out: list[MergeBatch] = []
@@ -171,7 +174,7 @@ class LearnedClassifier(MergedClassifier):
         # One example has no statistics to normalise by.
         several = self.fit.trains_batch_norm and len(batch.task) > 1
         with self.network.normalising() if several else nullcontext():
-            losses = self._losses(batch)
+            losses = self._losses(batch, mixup=self.mixup)
         own = losses.sum()
         sums = torch.stack([own.detach(), batch.valid.sum().to(own)])
         total, count = cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum")).unbind()
@@ -195,19 +198,23 @@ class LearnedClassifier(MergedClassifier):
             loss = loss + torch.stack([p.sum() for p in self.learned.values()]).sum() * 0.0
         return loss
 
-    def _losses(self, batch: MergeBatch) -> Tensor:
+    def _losses(self, batch: MergeBatch, *, mixup: Mixup | None = None) -> Tensor:
         """Return each example's loss, ``[B]``, zero where it is not valid."""
         task = self.own_tasks(batch)
+        inputs, answers = batch.inputs, None
+        if mixup is not None:
+            inputs = mixup.blend(inputs, task, step=self.global_step, rank=self.global_rank)
+            answers = mixup.answers(inputs, task)
         watched = self.network.final_feature.reading() if self.fit.feature_weight else nullcontext()
         with watched as seen:
-            logits = self.forward(batch.inputs, task).float()
+            logits = self.forward(inputs, task).float()
         if self.fit.teacher == "experts":
             assert self.targets is not None, "asked for when the fit started"
             losses = self.targets.loss(
                 logits,
                 only_feature(seen, len(logits)) if seen is not None else None,
+                answers or self.targets.at(task, batch.index),
                 task,
-                batch.index,
                 temperature=self.fit.temperature,
                 feature_weight=self.fit.feature_weight,
             )
@@ -230,10 +237,10 @@ class LearnedClassifier(MergedClassifier):
         sums.index_add_(0, self.own_tasks(batch), counted.to(sums))
 
     @torch.no_grad()
-    def holdout_loss(self) -> float:
-        """Return the mean over the tasks of each one's loss on its held-out examples. Collective.
+    def holdout_losses(self) -> dict[str, float]:
+        """Return the mean loss on each task's held-out examples. Collective.
 
-        It is NaN where nothing is held out.
+        Tasks that hold none out are left out.
         """
         sums = torch.zeros_like(self._sums)
         surroundings = Surroundings.of(self)
@@ -243,8 +250,8 @@ class LearnedClassifier(MergedClassifier):
                 losses = self._losses(moved)
             self._count_losses(sums, moved, losses)
         sums = cast("Tensor", self.trainer.strategy.reduce(sums, reduce_op="sum"))
-        counted = sums[sums[:, 1] > 0]
-        return float((counted[:, 0] / counted[:, 1]).mean())
+        by_task = zip(self.tasks, sums.tolist(), strict=True)
+        return {task: loss / count for task, (loss, count) in by_task if count}
 
     def on_train_start(self) -> None:
         """Measure the initialisation on the held-out examples."""
@@ -276,8 +283,8 @@ class LearnedClassifier(MergedClassifier):
             nn.init.zeros_(coefficients.weight)
 
     def on_fit_end(self) -> None:
-        """Drop the experts' outputs, the penalty and the held-out examples."""
-        self.targets = self.elastic = None
+        """Drop the experts and their outputs, the penalty and the held-out examples."""
+        self.targets = self.mixup = self.elastic = None
         self._held_out = []
         self.anchored = False
         self.best = BestState()
@@ -301,10 +308,12 @@ class LearnedClassifier(MergedClassifier):
         if not due and step % self.fit.holdout_every:
             return
         self._share_statistics()
-        loss = self.holdout_loss()
+        losses = self.holdout_losses()
+        loss = fmean(losses.values())
         best.note(loss, step=step, state=self.fitted)
         if log:
-            self.log("holdout/loss", loss, sync_dist=True)
+            by_task = {f"holdout/{task}/loss": value for task, value in losses.items()}
+            self.log_dict({**by_task, "holdout/loss": loss}, sync_dist=True)
         if self.fit.patience and best.waited >= self.fit.patience:
             self.trainer.should_stop = True
 

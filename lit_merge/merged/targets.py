@@ -67,12 +67,22 @@ class Targets:
             )
         return cls(stacked, starts, torch.cat(list(features)), torch.stack(variances))
 
+    def at(self, task: Tensor, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the experts' logits ``[B, W]``, and features, on some examples.
+
+        Args:
+            task: Task of each example, int64 ``[B]``.
+            index: The example's place in its task's training examples, int64 ``[B]``.
+        """
+        rows = self.starts[task] + index
+        return self.logits[rows], None if self.features is None else self.features[rows]
+
     def loss(
         self,
         logits: Tensor,
         features: Tensor | None,
+        teacher: tuple[Tensor, Tensor | None],
         task: Tensor,
-        index: Tensor,
         *,
         temperature: float,
         feature_weight: float = 0.0,
@@ -82,17 +92,16 @@ class Targets:
         Args:
             logits: The student's, ``[B, at least W]``.
             features: The student's final features, ``[B, ...]``; None without a weight.
+            teacher: The experts' logits ``[B, W]`` and features on these examples: :meth:`at`.
             task: Task of each example, int64 ``[B]``.
-            index: The example's place in its task's training examples, int64 ``[B]``.
             temperature: See :func:`~lit_merge.merged.distillation.distillation_loss`.
             feature_weight: Weight of the distance of the features.
         """
-        rows = self.starts[task] + index
-        teacher = self.logits[rows]
-        own = logits[:, : teacher.shape[1]]
-        loss = distillation_loss(own, teacher, temperature=temperature)
-        if features is not None and self.features is not None and self.variances is not None:
-            distance = feature_distance(features, self.features[rows], self.variances[task])
+        wanted, seen = teacher
+        own = logits[:, : wanted.shape[1]]
+        loss = distillation_loss(own, wanted, temperature=temperature)
+        if features is not None and seen is not None and self.variances is not None:
+            distance = feature_distance(features, seen, self.variances[task])
             loss = loss + feature_weight * distance
         return loss
 

@@ -5,8 +5,9 @@ makes a channel ten times as large makes all behind it ten times as large. Here 
 all tasks share normalise by the statistics of each batch, its tasks mixed in equal shares, and keep
 the running average that evaluation uses. Per-task scales and shifts come behind.
 
-Each rank normalises by its own batch, as DistributedDataParallel does; whenever the model is
-measured, all ranks take the mean of their running statistics.
+Each rank normalises by its own batch; whenever the model is measured, all ranks take the mean of
+their running statistics. DistributedDataParallel gives all ranks the first one's at every step
+unless it is told ``broadcast_buffers=False``; sharded modules do not.
 """
 
 from __future__ import annotations

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
+import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -49,3 +53,46 @@ def update_metrics(metrics: MetricCollection, logits: Tensor, labels: Tensor) ->
         )
     metrics["accuracy"].update(logits, labels)
     metrics["nll"].update(nll, (labels != IGNORED).to(nll))
+
+
+class TaskMetrics(nn.ModuleDict):
+    """The metrics of every task, for validation and for test; empty before the first restart."""
+
+    def restart(self, tasks: Sequence[str], num_classes: Sequence[int]) -> None:
+        """Forget what was counted.
+
+        Args:
+            tasks: Names of the tasks in the order of their indices.
+            num_classes: Number of classes of each.
+        """
+        for stage in ("val", "test"):
+            if stage not in self:
+                self[stage] = nn.ModuleList(
+                    classification_metrics(classes, f"{stage}/{name}/")
+                    for name, classes in zip(tasks, num_classes, strict=True)
+                )
+        for metrics in self.modules():
+            if isinstance(metrics, MetricCollection):
+                # Here and not at the end: tensors that were reset in inference mode cannot be
+                # counted in outside of it, as the sanity check of a fit does.
+                metrics.reset()
+
+    def of(self, stage: str, task: int) -> MetricCollection:
+        """Return the metrics of one task, by its index."""
+        return cast("MetricCollection", cast("nn.ModuleList", self[stage])[task])
+
+    def compute(self, stage: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return each task's values, and their means over the tasks that were counted. Collective.
+
+        All ranks must have counted the same tasks.
+        """
+        values: dict[str, Tensor] = {}
+        listed: dict[str, list[Tensor]] = {}
+        for index in range(len(cast("nn.ModuleList", self[stage]))):
+            metrics = self.of(stage, index)
+            if metrics["nll"].update_called:
+                found = metrics.compute()
+                values.update(found)
+                for name, value in found.items():
+                    listed.setdefault(f"{stage}/{name.rpartition('/')[2]}", []).append(value)
+        return values, {name: torch.stack(each).mean() for name, each in listed.items()}
