@@ -17,7 +17,7 @@ class Claim:
     Attributes:
         text: The claim.
         measured: In words.
-        holds: Whether the mean bears it out; None where it is within a standard deviation.
+        holds: Whether the mean bears it out; None where that is within noise.
     """
 
     text: str
@@ -68,7 +68,8 @@ def sentiment_claims(runs: Runs) -> Iterator[Claim]:
 
 VERDICTS = {True: "yes", False: "**no**", None: "within noise"}
 ONE_SEED = {"a higher accuracy": 0.012, "a lower NLL": 0.01}
-"""What counts as noise of one seed: two standard errors over some five thousand examples."""
+"""What counts as noise of one seed: two standard errors over some five thousand examples. With more
+seeds it is two standard errors over these."""
 PLAIN = {"average", "Fisher averaging", "fisher", "Fisher", "TIES", "ties"}
 
 
@@ -94,7 +95,8 @@ def better(runs: Runs, model: str, other: str, *, in_accuracy: bool) -> Claim:
     gain = number(gains)
     what = "a higher accuracy" if in_accuracy else "a lower NLL"
     shown = f"{gain.text(1, times=100)} points" if in_accuracy else gain.text(3)
-    noise = ONE_SEED[what] if gain.sd is None else gain.sd
+    noise = ONE_SEED[what] if gain.sd is None else 2 * gain.sd / len(gains) ** 0.5
+    noise = max(noise, 0.0005)  # what is shown as 0 is no gain, however steady
     holds = None if abs(gain.mean) <= noise else gain.mean > 0
     return Claim(f"{model} has {what} than {other}", f"{shown} better", holds)
 

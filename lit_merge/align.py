@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -56,6 +56,7 @@ from lit_merge.heads import detect_heads
 from lit_merge.merged.aligned_folder import num_moved, write_aligned
 from lit_merge.output import new_folder, require_free
 from lit_merge.tasks import ClassificationModule, MultiTaskDataModule, Task
+from lit_merge.terminal.stages import stages
 
 __all__ = ["AlignResult", "ExpertGroup", "align"]
 
@@ -105,6 +106,7 @@ def align(
     cycle_consistent: bool = False,
     seed: int = 0,
     replace: bool = False,
+    progress: bool = True,
 ) -> AlignResult:
     """Bring groups of experts with a base each into the order of the first group's units.
 
@@ -128,6 +130,7 @@ def align(
         cycle_consistent: Whether every base is matched with all others, not with the first alone.
         seed: Of random inputs and choices, and of the order in which symmetries are visited.
         replace: Whether an existing folder may be replaced.
+        progress: Whether to show on the standard error what is being done.
 
     Returns:
         What was aligned.
@@ -157,16 +160,20 @@ def align(
         inputs = example_inputs
         if inputs is None:
             inputs = _example_inputs(network, input_shape, calibration, seed)
-    with open_groups(groups) as opened:
+    with open_groups(groups) as opened, stages(shown=progress) as begin:
         heads = tuple(
             dict.fromkeys((*detect_heads(network), *head_names(opened, network.state_dict())))
         )
         if chosen == "none":
             proof, found = Proof(()), Alignment.of_nothing(tuple(groups))
         else:
-            proof, found = _matched(network, opened, heads, inputs, calibration, chosen, options)
+            proof, found = _matched(
+                network, opened, heads, inputs, calibration, chosen, options, begin
+            )
         with new_folder(output, replace=replace) as folder:
-            written = write_aligned(folder, network, opened, proof.proved, found, heads, inputs)
+            written = write_aligned(
+                folder, network, opened, proof.proved, found, heads, inputs, begin=begin
+            )
             settings = {
                 "by": chosen,
                 "likeness": likeness,
@@ -215,6 +222,7 @@ def _matched(
     calibration: Mapping[str, Any],
     by: By,
     options: AlignSettings,
+    begin: Callable[[str], None],
 ) -> tuple[Proof, Alignment]:
     """Return the symmetries of the bases, proved, and the permutations that match them.
 
@@ -226,11 +234,13 @@ def _matched(
         calibration: Inputs by task, to match activations.
         by: What is matched.
         options: How.
+        begin: Called with the description of each stage.
 
     Raises:
         InputError: There is no symmetry, or a base does not fit the network.
     """
     bases = {name: _loaded(network, group.base, heads) for name, group in groups.items()}
+    begin("Looking for permutation symmetries, and proving each")
     proof = search_symmetries(next(iter(bases.values())), inputs)
     if not proof.proved:
         raise InputError(
@@ -240,12 +250,14 @@ def _matched(
     size, cycle = options.batch_size, options.cycle_consistent
     activations = None
     if by != "weights":
+        begin(f"Running the bases of {', '.join(groups)} on examples of {', '.join(calibration)}")
         activations = gather_cross_moments(
             tuple(bases.values()),
             (batch for every in calibration.values() for batch in _batches(every, size)),
             proof.proved,
             pairs=pairs_of(len(bases), cycle_consistent=cycle),
         )
+    begin(f"Matching the units of {', '.join(groups)} in {len(proof.proved)} symmetries")
     found = align_state_dicts(
         {name: base.state_dict() for name, base in bases.items()},
         proof.proved,

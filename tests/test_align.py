@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -104,6 +105,32 @@ def outputs(path: Path | str) -> Tensor:
 
 def task() -> DatasetTask:
     return DatasetTask([(image, 0) for image in images(40, 3, channels=1)], num_classes=4)
+
+
+def test_what_is_being_done_is_shown(
+    groups: dict[str, ExpertGroup],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(groups, tmp_path, tasks={"svhn": task()})
+    assert capsys.readouterr().err == ""  # a short one, without a terminal
+    monkeypatch.setattr("lit_merge.terminal.stages.LINE_EVERY", 0.0)
+    run(groups, tmp_path, tasks={"svhn": task()}, replace=True, progress=False)
+    assert capsys.readouterr().err == ""
+    run(groups, tmp_path, tasks={"svhn": task()}, replace=True)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == "Running the bases of a, b on examples of svhn"
+    assert lines[-3:] == [f"Trying and writing the expert {t}" for t in ("svhn", "dtd", "cars")]
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stderr", terminal)
+    run(groups, tmp_path, replace=True)
+    assert "Trying and writing the expert cars" in terminal.getvalue()
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 @pytest.mark.parametrize("by", ["weights", "activations", "both"])

@@ -47,7 +47,7 @@ def align_parser() -> ArgumentParser:
         type=list[int] | None,
         help="Shape of one input, where there are no tasks: [3, 224, 224].",
     )
-    added = {"model", "groups", "tasks", "output", "example_inputs", "input_shape"}
+    added = {"model", "groups", "tasks", "output", "example_inputs", "input_shape", "progress"}
     switches = {"curvature", "cycle_consistent", "replace"}
     parser.add_function_arguments(align, skip={*added, *switches})
     add_switch(parser, "curvature", "Weight the comparison of weights by the bases' Hessians.")

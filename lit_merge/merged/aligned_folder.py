@@ -7,7 +7,7 @@ double precision before and after.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ def write_aligned(
     found: Alignment,
     heads: Sequence[str],
     inputs: Any,
+    *,
+    begin: Callable[[str], None],
 ) -> dict[str, dict[str, Any]]:
     """Write the midpoint of the aligned bases and every aligned expert, and try each of them.
 
@@ -49,6 +51,7 @@ def write_aligned(
         found: The permutations by group.
         heads: Names in the network of the tensors that an expert may have in another shape.
         inputs: What the experts are run on, before and after; None where nothing is permuted.
+        begin: Called with the description of each stage.
 
     Returns:
         What to record of each, by task: group, path, fingerprints, and how far its outputs are from
@@ -58,6 +61,7 @@ def write_aligned(
         InputError: A tensor is NaN or infinite, or an expert does not compute what it did.
     """
     names, modules = tuple(network.state_dict()), [name for name, _ in network.named_modules()]
+    begin("Writing the midpoint of the bases")
     bases = []
     for group, opened in groups.items():
         weights = permuted_expert(
@@ -79,6 +83,7 @@ def write_aligned(
     for group, opened in groups.items():
         permutations = found.permutations[group]
         for task, expert in opened.experts.items():
+            begin(f"Trying and writing the expert {task}")
             moved = permuted_expert(
                 expert, symmetries, permutations, parameters=names, modules=modules
             )
