@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import html
 import json
 import re
 from pathlib import Path
@@ -331,6 +332,21 @@ def test_corrected_folder_is_fitted_from_the_closed_form(corrected: Run) -> None
         ]
     assert any(moved)
     assert all(changed)
+
+
+def test_a_correction_can_be_repeated_from_its_record_and_its_page(corrected: Run) -> None:
+    root = corrected.root
+    record = json.loads((root / "corrected" / "correction.json").read_text())
+    (root / "again.yaml").write_text(record["configuration"])
+    assert main(["correct", "--config", str(root / "again.yaml"), "--output", str(root / "b")]) == 0
+    with (
+        open_checkpoint(root / "corrected" / "corrections.safetensors") as one,
+        open_checkpoint(root / "b" / "corrections.safetensors") as two,
+    ):
+        assert all(torch.equal(one.tensor(name), two.tensor(name)) for name in one)
+    page = root / "corrected.html"
+    assert main(["report", str(root / "corrected"), "--output", str(page)]) == 0
+    assert record["configuration"].strip() in html.unescape(page.read_text())
 
 
 def test_tasks_may_stand_in_a_file_of_their_own(

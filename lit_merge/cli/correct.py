@@ -17,7 +17,7 @@ from torch import nn
 
 from lit_merge.cli.groups import add_groups, align_groups, aligned_folder, require_alone
 from lit_merge.cli.json_output import add_json, json_result
-from lit_merge.cli.parsing import add_switch, instantiate, parse
+from lit_merge.cli.parsing import add_switch, given_options, instantiate, parse
 from lit_merge.cli.training import (
     add_tasks,
     log_learning_rates,
@@ -100,7 +100,7 @@ def main(argv: Sequence[str]) -> int:
     folder = aligned_folder(config) if config.groups else None
     options = instantiate(parser, config)
     with json_result("correct", asked=options.json) as result:
-        trainer, path = _correct(options, folder)
+        trainer, path = _correct(options, folder, given_options(parser, config))
         if trainer.is_global_zero and result.asked:
             told = {"tasks": list(options.tasks), "steps": trainer.global_step}
             result.show({**told, "metrics": measured(trainer)}, output=path)
@@ -109,12 +109,13 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _correct(options: Namespace, folder: Path | None) -> tuple[Trainer, Path]:
+def _correct(options: Namespace, folder: Path | None, configuration: str) -> tuple[Trainer, Path]:
     """Correct, into the output; return the Trainer that did and the folder.
 
     Args:
         options: The options, instantiated.
         folder: Where experts of several bases are aligned to; None for one base.
+        configuration: The options as YAML, to be recorded.
     """
     trainer = make_trainer(options)
     log_learning_rates(trainer)
@@ -134,7 +135,10 @@ def _correct(options: Namespace, folder: Path | None) -> tuple[Trainer, Path]:
         options.tasks, seed=options.seed_everything, **_settings(options, MultiTaskDataModule)
     )
     trainer.fit(module, datamodule=data)
-    return trainer, module.save_corrected(options.output, replace=options.replace)
+    path = module.save_corrected(
+        options.output, replace=options.replace, configuration=configuration
+    )
+    return trainer, path
 
 
 def _require_start(config: Namespace) -> None:

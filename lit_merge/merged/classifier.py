@@ -5,6 +5,7 @@ How it is made and fitted is :class:`~lit_merge.module.MergeModule`'s part.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -334,7 +335,9 @@ class MergedClassifier(L.LightningModule):
                 f"{source}: was corrected by {name}; got correction={own}. Pass the class {name}."
             )
 
-    def save_corrected(self, path: str | Path, *, replace: bool = False) -> Path:
+    def save_corrected(
+        self, path: str | Path, *, replace: bool = False, configuration: str | None = None
+    ) -> Path:
         """Write merged weights, heads and corrections as a folder without pickles.
 
         On several ranks every one calls it, and the first one writes.
@@ -342,6 +345,7 @@ class MergedClassifier(L.LightningModule):
         Args:
             path: The folder.
             replace: Whether an existing non-empty folder may be replaced.
+            configuration: The YAML with which ``lit-merge correct`` makes it again, to record.
 
         Returns:
             The path.
@@ -363,7 +367,7 @@ class MergedClassifier(L.LightningModule):
                 heads=whole_heads,
                 corrections=corrections,
                 surgery=surgery,
-                record=self.record(),
+                record=dataclasses.replace(self.record(), configuration=configuration),
                 replace=replace,
             )
         barrier()

@@ -62,6 +62,7 @@ class CorrectionRecord:
         merge: Contents of the ``merge.json`` of the merge that was corrected.
         surgery_rank: Rank of the representation surgery before the head; 0 for none.
         solved: The layers that were solved by least squares, in their order.
+        configuration: The YAML with which ``lit-merge correct`` makes it again, where that did.
     """
 
     tasks: tuple[str, ...]
@@ -73,6 +74,7 @@ class CorrectionRecord:
     merge: Mapping[str, Any] = field(default_factory=dict)
     surgery_rank: int = 0
     solved: tuple[SolvedLayer, ...] = ()
+    configuration: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Return the record as JSON primitives."""
@@ -81,6 +83,8 @@ class CorrectionRecord:
             **asdict(self),
             "versions": current_versions(),
         }
+        if self.configuration is None:
+            del content["configuration"]
         return dict(json.loads(json.dumps(content)))
 
     @classmethod
@@ -122,6 +126,7 @@ class CorrectionRecord:
                     SolvedLayer(str(one["name"]), *(float(one[k]) for k in _OF_SOLVED))
                     for one in content.get("solved", ())
                 ),
+                configuration=_text(content.get("configuration")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -356,6 +361,10 @@ def _read_json(path: Path) -> dict[str, Any]:
             "Write the folder again."
         )
     return content
+
+
+def _text(value: object) -> str | None:
+    return None if value is None else str(value)
 
 
 def _task_names(value: object, *, source: str) -> tuple[str, ...]:

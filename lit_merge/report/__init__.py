@@ -216,6 +216,7 @@ def _correction(
         "panels": _shown(scale_panels(corrections, evaluation, name=name)),
         "lines": scale_table(corrections, evaluation),
         "settings": as_yaml(dict(corrections.settings)) if corrections.settings else "",
+        "repeat": (corrections.configuration or "").strip(),
     }
 
 

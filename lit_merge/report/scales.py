@@ -82,12 +82,14 @@ class CorrectionScales:
         tasks: Names of the tasks.
         sites: One entry per site; may be empty, where only heads or weights were fitted.
         settings: How they were fitted.
+        configuration: The YAML that makes them again; None where it was not recorded.
     """
 
     name: str
     tasks: tuple[str, ...]
     sites: tuple[SiteScales, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    configuration: str | None = None
 
     def most_changed(self, count: int) -> tuple[SiteScales, ...]:
         """Return the sites that are farthest from the identity, in the order of the model."""
@@ -136,7 +138,8 @@ def read_scales(folder: str | Path) -> CorrectionScales:
                     )
                 found.append(tensor.to(torch.float64))
             sites.append(SiteScales(site.name, *found))
-        return CorrectionScales(str(folder), record.tasks, tuple(sites), dict(record.settings))
+        settings, made = dict(record.settings), record.configuration
+        return CorrectionScales(str(folder), record.tasks, tuple(sites), settings, made)
 
 
 def in_forward_order(
