@@ -24,7 +24,7 @@ from lit_merge.callbacks.layer_matrices import matrices_of
 from lit_merge.callbacks.pass_settings import PassEstimatorName, PassSettings, default_labels
 from lit_merge.callbacks.sharded_pass import pass_over
 from lit_merge.callbacks.training_loss import TrainingLoss
-from lit_merge.checkpoint import load_into
+from lit_merge.checkpoint import load_into, unwrapped
 from lit_merge.correction.forward import attention_mask_of
 from lit_merge.correction.sites import find_sites
 from lit_merge.correction.statistics import to_tensors
@@ -208,7 +208,9 @@ class _CheckpointCurvature(Measurement):
     def load(self, module: pl.LightningModule) -> None:
         """Load the checkpoint."""
         with open_over(self.checkpoint, self.base, weights=self.weights) as (checkpoint, base):
-            named = under_names(checkpoint, base, weights_of(module))
+            # An older checkpoint may hold buffers that the module does not save (position_ids).
+            buffers = (unwrapped(name) for name, _ in module.named_buffers())
+            named = under_names(checkpoint, base, (*weights_of(module), *buffers))
             load_into(module, named, copy=copy_into)
 
     def run(self, step: CurvaturePass) -> None:
