@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from experiments_claims import claims_of
 from experiments_results import write_results
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         e.name: [options.output / f"{e.name}-{seed}" for seed in options.seeds]
         for e in experiments()
     }
-    write_results(folders, ROOT / "benchmarks")
+    write_results(folders, ROOT / "benchmarks", claims=claims_of)
     print(f"{time.perf_counter() - began:.0f} s in all; benchmarks/RESULTS.md is written")
 
 

@@ -246,10 +246,19 @@ def experts_line(runs: Runs) -> str:
     )
 
 
-def write_results(folders: Mapping[str, Sequence[Path]], benchmarks: Path) -> None:
-    """Write the sections of what was run, and the pictures."""
-    from experiments_claims import claims_of
+def write_results(
+    folders: Mapping[str, Sequence[Path]],
+    benchmarks: Path,
+    *,
+    claims: Callable[[Mapping[str, Runs]], str],
+) -> None:
+    """Write the sections of what was run, and the pictures.
 
+    Args:
+        folders: The runs of each experiment.
+        benchmarks: Where the page and the pictures are.
+        claims: Returns the table of claims of what was run.
+    """
     page, plots = benchmarks / "RESULTS.md", benchmarks / "plots"
     plots.mkdir(exist_ok=True)
     runs = {name: found for name, of in folders.items() if (found := read_runs(of)) is not None}
@@ -274,4 +283,4 @@ def write_results(folders: Mapping[str, Sequence[Path]], benchmarks: Path) -> No
             if name == list(runs)[-1]:  # one picture for both, below the last
                 text += "\n\n![per cent of the experts by step](plots/stages.svg)"
             write_section(page, name, text)
-    write_section(page, "claims", claims_of(runs))
+    write_section(page, "claims", claims(runs))

@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mixup(alpha: float = 1.0, seed: int = 0) -> Mixup:
-    return Mixup({}, (), alpha, features=False, seed=seed)
+    return Mixup((), alpha, seed)
 
 
 def weights(module: MergeModule) -> dict[str, Tensor]:

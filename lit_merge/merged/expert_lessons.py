@@ -191,20 +191,18 @@ def ask_experts(
     """
     seen = sum(len(data.examples(task, "train")) for task in num_classes)
     features = fit.feature_weight > 0
-    answers, staying = [], {}
+    answers: list[tuple[Tensor, Tensor | None]] = []
+    staying = []
     with lessons_bar(seen, shown=shown) as advance:
         for task, classes in num_classes.items():
-            expert = lessons(task)
-            inputs = _inputs(data, task, advance)
-            answers.append(expert.answers(inputs, num_classes=classes, features=features))
+            ask = partial(lessons(task).answers, num_classes=classes, features=features)
+            answers.append(ask(_inputs(data, task, advance)))
             if fit.mixup:
-                staying[task] = expert
+                staying.append(ask)
     logits = [own for own, _ in answers]
     read = [feature for _, feature in answers if feature is not None]
     targets = Targets.of(logits, read or None, tasks=list(num_classes))
-    if not staying:
-        return targets, None
-    return targets, Mixup(staying, list(num_classes.values()), fit.mixup, features, seed)
+    return targets, Mixup(staying, fit.mixup, seed) if staying else None
 
 
 def _inputs(data: MultiTaskDataModule, task: str, advance: Callable[[int], None]) -> Iterator[Any]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,27 +22,21 @@ from torch import Tensor
 
 from lit_merge.errors import InputError
 
-if TYPE_CHECKING:
-    from lit_merge.merged.expert_lessons import ExpertLessons
-
 
 @dataclass(frozen=True)
 class Mixup:
     """Blends the examples of a batch, each with another of its task, and asks the experts.
 
     Attributes:
-        experts: The expert of each task, in the order of their indices.
-        num_classes: Number of classes of each; None where it is not known.
+        experts: For each task, in the order of their indices, what takes batches of inputs to the
+            expert's logits ``[n, C]`` on all of them, and its final features or None.
         alpha: The share of the first example is drawn from Beta(alpha, alpha): 1 draws it evenly
             from [0, 1], less keeps nearer to the examples.
-        features: Whether to ask for the final features, too.
         seed: Seed of shares and partners, which also depend on step and rank.
     """
 
-    experts: Mapping[str, ExpertLessons]
-    num_classes: Sequence[int | None]
+    experts: Sequence[Callable[[Sequence[Any]], tuple[Tensor, Tensor | None]]]
     alpha: float
-    features: bool
     seed: int
 
     def blend(self, inputs: Any, task: Tensor, *, step: int, rank: int) -> Any:
@@ -75,19 +69,16 @@ class Mixup:
 
         Returns:
             Logits, float32 ``[B, W]`` with W the most classes that are asked for and −inf where a
-            task has less, and the final features, ``[B, ...]``; None where they are not wanted.
+            task has less, and the final features, ``[B, ...]``; None where the experts give none.
 
         Raises:
             InputError: If an answer is not finite.
         """
-        parts, experts = [], list(self.experts.values())
+        parts = []
         for index in sorted(set(task.tolist())):
             rows = (task == index).nonzero()[:, 0]
             own = _each(inputs, itemgetter(rows))
-            logits, features = experts[index].answers(
-                [own], num_classes=self.num_classes[index], features=self.features
-            )
-            parts.append((rows, logits, features))
+            parts.append((rows, *self.experts[index]([own])))
         width = max(logits.shape[1] for _, logits, _ in parts)
         together = parts[0][1].new_full((len(task), width), -torch.inf)
         read = None
