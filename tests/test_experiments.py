@@ -87,7 +87,9 @@ def test_sections_are_written_between_their_marks_and_nothing_else(
     page.write_text(
         "# R\n<!-- experiments: sentiment -->\nstale\n<!-- end: sentiment -->\nby hand\n"
     )
-    results.write_results({"sentiment": [sentiment(tmp_path / "sentiment-0", 0.0)]}, tmp_path)
+    claims = importlib.import_module("experiments_claims").claims_of
+    folders = {"sentiment": [sentiment(tmp_path / "sentiment-0", 0.0)]}
+    results.write_results(folders, tmp_path, claims=claims)
     text = page.read_text()
     assert "stale" not in text
     assert "by hand" in text
