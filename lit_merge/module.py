@@ -57,7 +57,7 @@ from lit_merge.merged.fit_settings import (
     HeadFit,
     Teacher,
     Trainable,
-    require_teacher,
+    require_lessons,
 )
 from lit_merge.merged.folder import MergedParts, open_merged
 from lit_merge.merged.in_memory import merge_parts, require_one_model
@@ -316,7 +316,7 @@ class MergeModule(LearnedClassifier):
                 'of each expert, or use teacher: "labels" and closed_form: "none".'
             )
         if learns:
-            require_teacher(self.fit, data)
+            require_lessons(self.fit, data)
             self.require_synchronised()
             self.hold_out(data)
         if calibrates:

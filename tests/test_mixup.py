@@ -13,8 +13,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from lit_merge.errors import InputError
-from lit_merge.merged.mixup import Mixup
+from lit_merge.merged.mixup import Mixup, require_blendable
 from lit_merge.module import MergeModule
+from lit_merge.tasks import DatasetTask, MultiTaskDataModule
 from tests.references import softened_divergence
 from tests.tiny_fits import QUIET, tiny_trainer
 from tests.tiny_merge import CLASSES, expert_net, merge_module, tiny_data, write_experts
@@ -152,7 +153,15 @@ def module_loss(module: MergeModule, folder: Path) -> float:
     [torch.ones(2, 3, dtype=torch.int64), {"x": torch.ones(2), "ids": torch.ones(2).int()}],
 )
 def test_tokens_cannot_be_blended(inputs: Any) -> None:
-    with pytest.raises(
-        InputError, match=r"mixup: must meet inputs of floating.*got torch.int.*0\."
-    ):
-        mixup().blend(inputs, torch.zeros(2, dtype=torch.int64), step=0, rank=0)
+    with pytest.raises(InputError, match=r"mixup: must meet inputs of floating.*got torch.int"):
+        require_blendable(inputs)
+
+
+def test_tokens_are_refused_before_anything_is_solved(folder: Path, tmp_path: Path) -> None:
+    tokens = [(torch.arange(6), -100)] * 12
+    tasks = {n: DatasetTask(tokens, num_classes=c, unlabelled=True) for n, c in CLASSES.items()}
+    module = merge_module(folder, mixup=1.0)
+    trainer = tiny_trainer(tmp_path, enable_checkpointing=False, max_steps=1, **FIT)
+    with pytest.raises(InputError, match=r"mixup: must meet inputs of floating-point"):
+        trainer.fit(module, datamodule=MultiTaskDataModule(dict(tasks), batch_size=4))
+    assert not bool(module.calibrated)

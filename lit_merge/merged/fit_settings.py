@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from lit_merge.errors import InputError
+from lit_merge.merged.mixup import require_blendable
 from lit_merge.tasks import MultiTaskDataModule
 
 Teacher = Literal["experts", "labels"]
@@ -133,7 +134,7 @@ class FitSettings:
                 )
 
 
-def require_teacher(settings: FitSettings, data: MultiTaskDataModule) -> None:
+def require_lessons(settings: FitSettings, data: MultiTaskDataModule) -> None:
     """Check that the tasks have what a fit learns from.
 
     Args:
@@ -141,9 +142,11 @@ def require_teacher(settings: FitSettings, data: MultiTaskDataModule) -> None:
         data: The tasks' examples.
 
     Raises:
-        InputError: If it learns from labels, and a task has none; or from experts, on a language
-            task.
+        InputError: If it learns from labels, and a task has none; from experts, on a language task;
+            or from blends of inputs that are no floating-point numbers.
     """
+    if settings.mixup:
+        require_blendable(data.calibration_batch(data.task_names[0], num_examples=1)[0])
     for name, task in data.tasks.items():
         if settings.teacher == "labels" and task.unlabelled:
             raise InputError(

@@ -47,9 +47,6 @@ class Mixup:
             task: Task of each example, int64 ``[B]``.
             step: The optimizer step.
             rank: This rank.
-
-        Raises:
-            InputError: If an input is no tensor of floating-point numbers.
         """
         random = np.random.default_rng((self.seed, step, rank))
         own = task.cpu().numpy()
@@ -90,14 +87,23 @@ class Mixup:
         return together, read
 
 
-def _blended(inputs: Any, partner: Tensor, share: Tensor) -> Any:
-    def blend(value: Any) -> Tensor:
+def require_blendable(inputs: Any) -> None:
+    """Check that inputs can be blended.
+
+    Raises:
+        InputError: If one is no tensor of floating-point numbers.
+    """
+    for value in inputs.values() if isinstance(inputs, Mapping) else (inputs,):
         if not (isinstance(value, Tensor) and value.is_floating_point()):
             got = f"{value.dtype}" if isinstance(value, Tensor) else type(value).__name__
             raise InputError(
                 f"mixup: must meet inputs of floating-point numbers, as images are; got {got}. Set "
                 "it to 0."
             )
+
+
+def _blended(inputs: Any, partner: Tensor, share: Tensor) -> Any:
+    def blend(value: Tensor) -> Tensor:
         own = share.to(value).view(-1, *[1] * (value.ndim - 1))
         return value * own + value[partner.to(value.device)] * (1 - own)
 
