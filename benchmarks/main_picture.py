@@ -14,24 +14,18 @@ HERE = Path(__file__).parent
 STEPS = {
     "average": ("average",),
     "average + TACT": ("average + TACT",),
-    "least squares + scale and shift, closed form": (
-        "least squares + scale and shift",
-        "least squares + scale and shift, closed form",
-    ),
-    "+ learned": (
-        "+ all weights instead, 300 steps, 22 November 2026",
-        "+ learned, 100 steps",
-    ),
+    "least squares + scale and shift, closed form": ("least squares + scale and shift",),
+    "+ learned": ("+ all weights instead, 300 steps", "least squares + learned"),
 }
 """The bars, and the rows of the tables that they stand for."""
 CONTROLS = {
     "the unmerged base, corrected": (
         "control: base + TACT + learned, 300 steps",
-        "control: the unmerged base + TACT + learned, 100 steps",
+        "control: base + TACT + learned",
     ),
     "all weights distilled from the average": ("control: all weights distilled from the average",),
 }
-TEXT, VISION = "MiniLM on four text tasks: least squares", "Vision: local and non-local"
+TEXT, VISION = "Text: four tasks with heads of their own", "Vision: local and non-local"
 
 
 def rows_of(page: str, heading: str) -> tuple[list[str], dict[str, list[str]]]:
@@ -45,11 +39,11 @@ def rows_of(page: str, heading: str) -> tuple[list[str], dict[str, list[str]]]:
     return table[0], {row[0]: row[1:] for row in table[2:]}
 
 
-def value(cell: str) -> float:
-    """Return the number that a cell begins with."""
-    found = re.match(r"[\d.]+", cell)
+def value(cell: str) -> tuple[float, float]:
+    """Return the mean that a cell begins with, and its deviation, 0 of one seed."""
+    found = re.match(r"([\d.]+)(?: ± ([\d.]+))?", cell)
     assert found is not None, cell
-    return float(found[0])
+    return float(found[1]), float(found[2] or 0.0)
 
 
 def panel(rows: dict[str, list[str]], column: int) -> dict[str, tuple[float, float]]:
@@ -57,7 +51,7 @@ def panel(rows: dict[str, list[str]], column: int) -> dict[str, tuple[float, flo
     found = {}
     for step, names in STEPS.items():
         name = next(name for name in names if name in rows)
-        found[step] = (value(rows[name][column]), 0.0)
+        found[step] = value(rows[name][column])
     return found
 
 
@@ -72,7 +66,7 @@ def main() -> None:
     for title, of, column in cases:
         panels[title] = panel(of, column)
         controls[title] = {
-            control: (value(of[name][column]), 0.0)
+            control: value(of[name][column])
             for control, names in CONTROLS.items()
             for name in names
             if name in of
