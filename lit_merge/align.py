@@ -55,8 +55,8 @@ from lit_merge.expert.info import current_versions
 from lit_merge.heads import detect_heads
 from lit_merge.merged.aligned_folder import num_moved, write_aligned
 from lit_merge.output import new_folder, require_free
+from lit_merge.streaming.progress import stages
 from lit_merge.tasks import ClassificationModule, MultiTaskDataModule, Task
-from lit_merge.terminal.stages import stages
 
 __all__ = ["AlignResult", "ExpertGroup", "align"]
 

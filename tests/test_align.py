@@ -115,7 +115,7 @@ def test_what_is_being_done_is_shown(
 ) -> None:
     run(groups, tmp_path, tasks={"svhn": task()})
     assert capsys.readouterr().err == ""  # a short one, without a terminal
-    monkeypatch.setattr("lit_merge.terminal.stages.LINE_EVERY", 0.0)
+    monkeypatch.setattr("lit_merge.streaming.progress.LINE_EVERY", 0.0)
     run(groups, tmp_path, tasks={"svhn": task()}, replace=True, progress=False)
     assert capsys.readouterr().err == ""
     run(groups, tmp_path, tasks={"svhn": task()}, replace=True)

@@ -1,4 +1,4 @@
-"""How far a merge has come, on the standard error: a bar on a terminal, a few lines in a log."""
+"""How far a command has come, on the standard error: a bar on a terminal, a few lines in a log."""
 
 from __future__ import annotations
 
@@ -94,3 +94,31 @@ def _lines() -> Callable[[str, int, int], None]:
             print(f"{description}: {share} % of {total / 1e6:,.0f} MB", file=sys.stderr, flush=True)
 
     return report
+
+
+@contextmanager
+def stages(*, shown: bool) -> Iterator[Callable[[str], None]]:
+    """Yield what to call with the description of each stage of a command when it begins.
+
+    Args:
+        shown: Whether to show any. On a terminal the stage stands beside a spinner; elsewhere it is
+            a line, but for stages within :data:`LINE_EVERY` seconds of the last line or the start.
+    """
+    if not shown:
+        yield lambda description: None
+    elif sys.stderr.isatty():
+        from rich.console import Console
+
+        with Console(stderr=True).status("") as status:
+            yield status.update
+    else:
+        last = time.monotonic()
+
+        def begin(description: str) -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last >= LINE_EVERY:
+                last = now
+                print(description, file=sys.stderr, flush=True)
+
+        yield begin
