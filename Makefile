@@ -18,7 +18,7 @@ check: .venv/.dev-ready
 docs: .venv/.dev-ready
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# The claims on real data, three seeds: about an hour; other benchmarks are run one by one.
+# The claims on real data, three seeds: more than an hour; other benchmarks are run one by one.
 bench: .venv/.dev-ready
 	$(BIN)/python benchmarks/experiments.py
 

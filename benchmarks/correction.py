@@ -45,7 +45,7 @@ UNLABELLED, LABELLED = 512, 256
 SCALE_SHIFT = {"lr": 1e-2, "feature_weight": 5.0}
 ALL_WEIGHTS = {"trainable": "all", "lr": 3e-3, "weights_lr": 3e-3}
 FEATURE_WEIGHT = {"cnn": 0.0, "vit": 5.0}
-# Mixup lost a point on the CNN; on the ViT it is what a longer fit gains from.
+# Mixup lost a point on the CNN.
 MIXED_STEPS: dict[str, tuple[int, ...]] = {"cnn": (), "vit": (300, 1000)}
 NO_DATA, CONTROLS, STAGES = "without data", "controls", "stages"
 CLOSED_FORM = "least squares + scale and shift"
