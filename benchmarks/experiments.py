@@ -3,8 +3,8 @@
     python benchmarks/experiments.py [--seeds 0 1 2] [--only sentiment text] [--output runs/bench]
 
 Runs the recipes of ``configs/run_*.yaml``, the very files that users run, on the real data of
-``../shared/data`` at a size for two CPU cores, more than an hour for three seeds: two recipes at a time
-with one thread each. Then writes the sections of benchmarks/RESULTS.md that lie between its
+``../shared/data`` at a size for two CPU cores, more than an hour for three seeds: two recipes at a
+time with one thread each. Then writes the sections of benchmarks/RESULTS.md that lie between its
 ``experiments`` marks, and the pictures in benchmarks/plots. What a recipe has done is kept in the
 output folder and skipped when the command is given again; ``--tables`` only writes.
 """
