@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lit_merge.checkpoint import save_tensors
 from lit_merge.curvature.quality import Halves
+from lit_merge.distributed import barrier
 from lit_merge.errors import InputError
 from lit_merge.passes import unfinished
 from lit_merge.passes.unfinished import UnfinishedPass
@@ -62,7 +63,7 @@ def test_nothing_saved_is_nothing_to_go_on_with(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_ranks_have_files_of_their_own_and_remove_them(tmp_path) -> None:
+def test_ranks_have_files_of_their_own(tmp_path) -> None:
     ranks = [a_pass(tmp_path, rank) for rank in range(2)]
     for each in ranks:
         each.save({"module.bias": torch.full((1,), float(each.rank))}, halves())
@@ -74,6 +75,23 @@ def test_ranks_have_files_of_their_own_and_remove_them(tmp_path) -> None:
     assert [path.name for path in ranks[0].folder.iterdir()] == ["rank-1.safetensors"]
     ranks[1].remove()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.distributed
+def test_ranks_that_remove_together_do_not_get_in_each_other_s_way(tmp_path) -> None:
+    """The folder must not vanish while another rank looks through it: seen once in a hundred."""
+
+    def remove(rank: int) -> int:
+        for _ in range(500):
+            each = a_pass(tmp_path, rank)
+            each.folder.mkdir(exist_ok=True)
+            each.path.touch()
+            barrier()
+            each.remove()
+            barrier()
+        return len(list(tmp_path.glob("expert.partial")))
+
+    assert on_ranks(remove, world_size=2, folder=tmp_path) == [0, 0]
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,9 @@ class UnfinishedPass:
                     f"{why}. Repeat the settings of the run that was stopped, or give replace to "
                     "begin again, which removes it."
                 )
-        for path in others:
-            path.unlink(missing_ok=True)  # other ranks may see it as well
+        with failing_together():  # no rank writes before all have removed
+            for path in others:
+                path.unlink(missing_ok=True)  # other ranks may see it as well
 
     def load(self, halves: Halves) -> dict[str, Tensor] | None:
         """Take up the halves of this rank where they were, and return its sums.
@@ -128,11 +129,12 @@ class UnfinishedPass:
         self._due = now + max(self.every, _COST * (now - began))
 
     def remove(self) -> None:
-        """Remove this rank's file, what was left of an interrupted writing, and an empty folder."""
-        self.path.unlink(missing_ok=True)
-        for path in self.folder.glob(f".{self.path.stem}.partial-*"):
-            path.unlink(missing_ok=True)
-        with suppress(OSError):  # other ranks have files in it
+        """Remove all ranks' files, what interrupted writings left, and the folder. Collective."""
+        with failing_together():
+            self.path.unlink(missing_ok=True)
+            for path in self.folder.glob(f".{self.path.stem}.partial-*"):
+                path.unlink(missing_ok=True)
+        with suppress(OSError):  # last: no rank looks through it any more; one of them does it
             self.folder.rmdir()
 
     def _files(self) -> list[Path]:
