@@ -65,6 +65,7 @@ def evaluate_all(
     for report in reports:
         if "failure" in report:
             continue
+        print(f"testing: {report['peer']}, {report['name']}", flush=True)
         sides = {side: _weights(report.pop(f"{side}_weights")) for side in ("ours", "peer")}
         left_out = sides["ours"].keys() - sides["peer"].keys()
         report["left_out"] = sorted(left_out)

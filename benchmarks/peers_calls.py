@@ -114,6 +114,7 @@ def main() -> None:
     inputs = read_inputs(models, BASE, EXPERTS)
     with (folder / f"{library}.jsonl").open("w") as file:
         for case in importlib.import_module(MODULES[library]).cases():
+            print(f"merging: {library}, {case.name}", flush=True)
             file.write(json.dumps(compare(case, inputs, folder)) + "\n")
             file.flush()
 

@@ -374,7 +374,11 @@ def adapters_added_factor_by_factor() -> Finding:
 def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    Path(sys.argv[1]).write_text(json.dumps([asdict(finding) for finding in findings()], indent=1))
+    found_all = []
+    for finding in findings():
+        print(f"small inputs: {finding.peer}", flush=True)
+        found_all.append(asdict(finding))
+    Path(sys.argv[1]).write_text(json.dumps(found_all, indent=1))
 
 
 if __name__ == "__main__":

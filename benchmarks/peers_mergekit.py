@@ -98,6 +98,7 @@ def compare(python: str, models: Path, folder: Path, rounds: int) -> Iterator[di
         rounds: How often each command runs.
     """
     for number, merge in enumerate(MERGES):
+        print(f"merging: {PEER}, {merge.name}", flush=True)
         report: dict[str, Any] = {
             "peer": PEER,
             "name": merge.name,
@@ -148,6 +149,7 @@ def findings(python: str, models: Path, prefixed: Path, folder: Path) -> list[di
     }
     told = []
     for number, (text, source) in enumerate(given.items()):
+        print(f"small inputs: {PEER}, {text}", flush=True)
         files = {side: folder / f"finding-{number}-{side}" for side in ("peer", "ours")}
         results = {
             "peer": _tensors(
