@@ -14,8 +14,6 @@ from lit_merge import cli
 from lit_merge.cli.commands import COMMANDS
 from lit_merge.errors import InputError
 
-_FAST = "import sys, time; start = time.perf_counter(); from lit_merge.cli import main; "
-
 
 def run_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     """Run a command whose function raises."""
@@ -29,19 +27,18 @@ def run_with(monkeypatch: pytest.MonkeyPatch, error: BaseException) -> int:
     return cli.main(["report", "x"])
 
 
-def test_help_of_everything_is_fast_and_imports_no_torch() -> None:
+def test_help_of_everything_imports_nothing_heavy() -> None:
     pages = [["--help"], ["--version"], *([command.name, "--help"] for command in COMMANDS[:-1])]
     code = (
-        _FAST
+        "import sys; from lit_merge.cli import main; "
         + f"codes = [main(argv) for argv in {pages!r}]; "
         + "heavy = {'torch', 'lightning', 'numpy', 'jsonargparse', 'rich'} & set(sys.modules); "
-        + "print(repr((codes, heavy, time.perf_counter() - start)), file=sys.stderr)"
+        + "print(repr((codes, heavy)), file=sys.stderr)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    codes, heavy, seconds = eval(done.stderr.strip().splitlines()[-1])
+    codes, heavy = eval(done.stderr.strip().splitlines()[-1])
     assert set(codes) == {0}
     assert heavy == set()
-    assert seconds < 2
 
 
 def test_overview_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:

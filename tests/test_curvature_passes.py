@@ -177,13 +177,14 @@ def test_ranks_go_on_each_with_its_own(tmp_path, run) -> None:
 
     class Breaks(WithData):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            if self.trainer.global_rank == 1 and self.seen_four():
-                time.sleep(1)  # rank 0 is through
+            if self.trainer.global_rank == 1 and self.wrote(1):
+                while not self.wrote(0):
+                    time.sleep(0.01)
                 raise RuntimeError("power cut")
             return super().training_step(batch, batch_idx)
 
-        def seen_four(self) -> bool:
-            return (tmp_path / "expert.partial" / "rank-1.safetensors").exists()
+        def wrote(self, rank: int) -> bool:
+            return (tmp_path / "expert.partial" / f"rank-{rank}.safetensors").exists()
 
     with pytest.raises(Exception, match=r"power cut|rank 1"):
         measure(tmp_path, run, Breaks(), save_every=0.0, trainer=processes, batch_size=2)
