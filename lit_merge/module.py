@@ -11,9 +11,8 @@ What a fit does, on one device or many::
 2. When the fit starts, each expert runs once over its own task's examples: its activation
    statistics set the corrections (TACT), its logits become the targets. Then it is dropped.
 3. Each training batch mixes the tasks and goes through the merged network once. Only the
-   corrections learn, unless ``trainable``, ``heads``, ``surgery_rank`` or ``coefficients`` say
-   more. The fit ends with the state that was best on a held-out share of the examples, the
-   initialisation among them; for the closed form alone, set ``max_steps=0``.
+   corrections learn, unless ``trainable`` and others say more. The fit ends with the state that was
+   best on held-out examples; for the closed form alone, set ``max_steps=0``.
 
 Checkpoints hold merged weights, heads and corrections; they load with ``weights_only=True`` where
 the experts are gone.
@@ -55,6 +54,7 @@ from lit_merge.merged.fit_settings import (
     CoefficientFit,
     FitSettings,
     HeadFit,
+    OptimizerName,
     Teacher,
     Trainable,
     require_lessons,
@@ -80,9 +80,8 @@ class MergeModule(LearnedClassifier):
     experts are needed only where they teach. Without either, the module waits for a checkpoint.
 
     Args:
-        model: The architecture: a network that gives logits (or an object with ``logits``), or a
-            :class:`~lit_merge.tasks.classification.ClassificationModule`, whose network is taken.
-            It is copied and stays as it is.
+        model: A network that gives logits (or an object with ``logits``), or a
+            :class:`~lit_merge.tasks.classification.ClassificationModule` of one; it is copied.
         experts: Path of each task's expert, by task name.
         base: Path of the model that the experts were fine-tuned from; None for methods without.
         method: How to merge.
@@ -99,7 +98,7 @@ class MergeModule(LearnedClassifier):
             "stored" activations.safetensors, or "auto": that where it has all sites.
         teacher: What the fit learns from: the "experts"' logits, or the "labels".
         trainable: "scale_shift" learns the corrections alone, "all" the shared weights too.
-        heads: "refit" learns the heads as well; "fixed" leaves them.
+        heads: "refit" learns the heads too.
         coefficients: "layer" learns how far each layer goes along each expert's task vector, on
             top of the merge. Needs the base, and memory for a model per task.
         batch_norm_mode: Whether BatchNorm normalises by each mixed batch in the fit ("train") or
@@ -108,14 +107,15 @@ class MergeModule(LearnedClassifier):
         temperature: Softens the experts' logits; 1 takes them as they are.
         feature_weight: Weight of the squared distance to the expert's final feature (the input of
             its head), in units of that feature's variance on the task; 0 for none.
-        mixup: Learns from blends of two examples of a task, in shares from Beta(mixup, mixup), for
-            which the experts are asked at every step and stay in memory; 0 for none.
-        lr: Adam's largest learning rate; falls to zero over the fit as a cosine.
+        mixup: Learns from blends of two examples of a task, shared by Beta(mixup, mixup), for which
+            the experts are asked at every step and stay in memory; 0 for none.
+        optimizer: What shared weights learn by where they are matrices; all else learns by Adam.
+        lr: Largest learning rate; falls to zero over the fit as a cosine.
         weights_lr: The same for shared weights and heads.
-        elastic: Pulls the shared weights to the merged ones by the merge's precision (from
-            ``hessian.safetensors``); loss per squared change of an average weight, 0 for none.
-        holdout: Share of each task's training examples (of ten at least) that is measured and not
-            learned from; the fit ends with the state that was best on it. 0 keeps the last state.
+        elastic: Pulls the shared weights to the merged ones by the merge's ``hessian.safetensors``;
+            loss per squared change of an average weight, 0 for none.
+        holdout: Share of each task's training examples (of ten at least) that is only measured; the
+            fit ends with the state that was best on it. 0 keeps the last state.
         holdout_every: Steps between two measurements.
         patience: Stop after so many measurements in a row without a new best; 0 for never.
         calibration_examples: Training examples per task for the closed form, shared by the ranks.
@@ -150,6 +150,7 @@ class MergeModule(LearnedClassifier):
         temperature: float = 2.0,
         feature_weight: float = 0.0,
         mixup: float = 0.0,
+        optimizer: OptimizerName = "adam",
         lr: float = 1e-2,
         weights_lr: float = 3e-3,
         elastic: float = 0.0,
@@ -173,6 +174,7 @@ class MergeModule(LearnedClassifier):
             temperature=temperature,
             feature_weight=feature_weight,
             mixup=mixup,
+            optimizer=optimizer,
             lr=lr,
             weights_lr=weights_lr,
             elastic=elastic,
@@ -199,8 +201,7 @@ class MergeModule(LearnedClassifier):
         self.experts = dict(experts or {})
         self.base = base
         self.method = method
-        self.source = merged
-        self.sites = sites
+        self.source, self.sites = merged, sites
         self.calibration = ClosedFormSettings(
             closed_form=closed_form,
             least_squares=least_squares,
@@ -210,8 +211,7 @@ class MergeModule(LearnedClassifier):
             batch_size=calibration_batch_size,
             seed=seed,
         )
-        self.policy = policy
-        self.base_hessian = base_hessian
+        self.policy, self.base_hessian = policy, base_hessian
         if self.experts and self.source is None:
             require_one_model(self.method)
         if self.source is not None and self.base is not None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import resolve_name
 
 from lit_merge.curvature.estimator import zeros_for
 from lit_merge.curvature.kernels import Contribution, add_squares, example_gradient
@@ -109,7 +110,7 @@ def _products() -> dict[str, Call]:
         "Tensor.mm": Call(Tensor.mm, (x, w)),
     }
     for function in (torch.matmul, Tensor.matmul, Tensor.__matmul__):
-        calls[f"{function}"] = Call(function, (tokens(6), w))
+        calls[resolve_name(function)] = Call(function, (tokens(6), w))
     return calls
 
 

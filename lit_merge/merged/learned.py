@@ -31,6 +31,7 @@ from lit_merge.merged.classifier import MergedClassifier
 from lit_merge.merged.elastic import ElasticPenalty
 from lit_merge.merged.expert_lessons import Surroundings
 from lit_merge.merged.final_feature import only_feature
+from lit_merge.merged.fit_optimizer import fit_optimizer
 from lit_merge.merged.fit_settings import FitSettings
 from lit_merge.merged.holdout import BestState, choose_held_out, held_out_batches
 from lit_merge.merged.mixup import Mixup
@@ -337,31 +338,13 @@ class LearnedClassifier(MergedClassifier):
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return Adam, with a cosine to zero; weights and heads at a learning rate of their own.
+        """Return the optimizer, with a cosine to zero.
 
         Raises:
             InputError: If there is nothing to learn.
         """
-        weights = {*map(id, self.network.network.parameters())}
-        learned = list(self.learned.values())
-        parts = (
-            [p for p in learned if id(p) not in weights],
-            [p for p in learned if id(p) in weights],
-        )
-        rates = self.fit.lr, self.fit.weights_lr
-        groups = [
-            {"params": part, "lr": rate} for part, rate in zip(parts, rates, strict=True) if part
-        ]
-        if not groups:
-            raise InputError(
-                "correction: must leave something to learn; got corrections without parameters, no "
-                "surgery, no coefficients, and fixed weights and heads. Use RescaleShift, or "
-                "max_steps: 0."
-            )
-        # Some numbers have no gradient but rounding (the shift of attention keys, which softmax
-        # ignores; all, once the experts are met). With Adam's usual eps they would wander by lr.
-        adam = torch.optim.Adam(groups, lr=self.fit.lr, eps=1e-6)
-        return with_cosine(self, adam, first_steps=RISING_STEPS)
+        optimizer = fit_optimizer(self.network, self.learned, self.fit)
+        return with_cosine(self, optimizer, first_steps=RISING_STEPS)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the record and, in a fit, the best state; the weights are those that predict."""
