@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from lit_merge import MergeModule
 from lit_merge.correction import linear_probe
+from lit_merge.merged.muon import MuonWithAdam, hidden_matrices
 from lit_merge.parameters import detect_heads
 
 PER_STEP = 32
 """Images of each task in a step of distillation."""
 TEMPERATURE = 2.0
+RATE = 3e-3
 
 
 class SharedBody(nn.Module):
@@ -88,22 +90,23 @@ def teachers(case: Case) -> dict[str, Tensor]:
 
 
 def distil(
-    network: SharedBody, case: Case, seconds: float, *, mixup: bool = False, lr: float = 3e-3
+    network: SharedBody, case: Case, seconds: float, *, muon: bool, mixup: bool = False
 ) -> None:
     """Fit all weights, heads too, to the experts' logits for some CPU seconds.
 
-    AdamW with a cosine over the time; BatchNorm trains on mixed batches, as it does anywhere. With
-    mixup, every image is blended with another of its task, and the experts answer for the blends.
+    AdamW, or our own Muon for the matrices of the body, with a cosine over the time; BatchNorm
+    trains on mixed batches, as it does anywhere. With mixup, every image is blended with another of
+    its task, and the experts answer for the blends.
     """
     begin = time.process_time()
     targets = teachers(case)
     experts = {task: case.expert(task) for task in case.unlabelled} if mixup else {}
-    optimizer = torch.optim.AdamW(network.parameters(), lr=lr)
+    optimizer = _muon(network) if muon else torch.optim.AdamW(network.parameters(), lr=RATE)
     generator = torch.Generator().manual_seed(case.seed)
     network.train()
     while (spent := (time.process_time() - begin) / seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = lr * (1 + math.cos(math.pi * spent)) / 2
+            group["lr"] = RATE * (1 + math.cos(math.pi * spent)) / 2
         chosen = {
             task: torch.randperm(len(images), generator=generator)[:PER_STEP]
             for task, images in case.unlabelled.items()
@@ -125,6 +128,19 @@ def distil(
         torch.stack(losses).mean().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     network.eval()
+
+
+def _muon(network: SharedBody) -> torch.optim.Optimizer:
+    body = dict(network.body.named_parameters())
+    hidden = hidden_matrices(network.body, body) - set(detect_heads(network.body))
+    matrices = [body[name] for name in hidden]
+    stepped = set(map(id, matrices))
+    rest = [p for p in network.parameters() if id(p) not in stepped]
+    groups = [
+        {"params": part, "lr": RATE, "muon": muon}
+        for part, muon in ((rest, False), (matrices, True))
+    ]
+    return MuonWithAdam(groups, eps=1e-6)
 
 
 def _divergence(logits: Tensor, teacher: Tensor) -> Tensor:

@@ -109,7 +109,7 @@ class MergeModule(LearnedClassifier):
             its head), in units of that feature's variance on the task; 0 for none.
         mixup: Learns from blends of two examples of a task, shared by Beta(mixup, mixup), for which
             the experts are asked at every step and stay in memory; 0 for none.
-        optimizer: What shared weights learn by where they are matrices; all else learns by Adam.
+        optimizer: What shared weights that are matrices learn by; all else learns by Adam.
         lr: Largest learning rate; falls to zero over the fit as a cosine.
         weights_lr: The same for shared weights and heads.
         elastic: Pulls the shared weights to the merged ones by the merge's ``hessian.safetensors``;
@@ -150,7 +150,7 @@ class MergeModule(LearnedClassifier):
         temperature: float = 2.0,
         feature_weight: float = 0.0,
         mixup: float = 0.0,
-        optimizer: OptimizerName = "adam",
+        optimizer: OptimizerName = "muon",
         lr: float = 1e-2,
         weights_lr: float = 3e-3,
         elastic: float = 0.0,

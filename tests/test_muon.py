@@ -25,7 +25,7 @@ pytestmark = [
     *(pytest.mark.filterwarnings(line) for line in QUIET),
 ]
 
-OPTIONS: dict[str, Any] = {"trainable": "all", "optimizer": "muon", "holdout": 0.25}
+OPTIONS: dict[str, Any] = {"trainable": "all", "holdout": 0.25}  # Muon is the default
 FIT: dict[str, Any] = {"max_steps": 6, "max_epochs": -1, "limit_val_batches": 0}
 
 
@@ -70,7 +70,7 @@ def test_steps_are_those_of_pytorch(shape: tuple[int, int]) -> None:
     ours, theirs = (nn.Parameter(normal(*shape)) for _ in range(2))
     start = ours.detach().clone()
     optimizer = MuonWithAdam([{"params": [ours], "lr": 0.02, "muon": True}], eps=1e-12)
-    muon = torch.optim.Muon([theirs], lr=0.02, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon([theirs], lr=0.06, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     for step in range(4):
         ours.grad = normal(*shape, seed=step)
         theirs.grad = ours.grad.clone()
@@ -78,7 +78,7 @@ def test_steps_are_those_of_pytorch(shape: tuple[int, int]) -> None:
         muon.step()
     moved = theirs.detach() - start
     assert float((ours.detach() - theirs.detach()).norm() / moved.norm()) < 0.02
-    assert float(moved.abs().mean()) > 0.005
+    assert float(moved.abs().mean()) > 0.01
 
 
 def test_everything_else_steps_as_adam_alone() -> None:
@@ -124,7 +124,7 @@ def test_a_gradient_of_nothing_but_rounding_moves_nothing() -> None:
         parameter.grad = size * normal(4, 4)
         MuonWithAdam([{"params": [parameter], "lr": 0.1, "muon": True}], eps=1e-6).step()
         moved.append(float(parameter.detach().abs().mean()))
-    assert moved[0] == pytest.approx(0.1 * 0.2, rel=0.3)
+    assert moved[0] == pytest.approx(0.1 * 0.6, rel=0.3)
     assert moved[1] < 0.002 * moved[0]
 
 
@@ -229,8 +229,6 @@ def test_two_processes_with_a_part_each_learn_like_one(folder: Path, tmp_path: P
         torch.testing.assert_close(two[name], value, rtol=1e-4, atol=2e-5, msg=name)
 
 
-def test_scale_and_shift_have_no_matrices(folder: Path) -> None:
-    with pytest.raises(InputError, match=r'optimizer: must go with trainable: "all".*Leave it out'):
-        merge_module(folder, optimizer="muon")
-    with pytest.raises(InputError, match=r"optimizer: must be one of adam, muon; got 'sgd'"):
+def test_another_optimizer_is_refused(folder: Path) -> None:
+    with pytest.raises(InputError, match=r"optimizer: must be one of muon, adam; got 'sgd'"):
         merge_module(folder, trainable="all", optimizer="sgd")

@@ -110,7 +110,8 @@ class FirstBatch(Callback):
 def test_a_step_that_trains_batch_norm_is_that_of_a_plain_loop(
     norm_folder: Path, tmp_path: Path
 ) -> None:
-    module = norm_module(norm_folder, holdout=0.0, closed_form="none", weights_lr=0.01)
+    options = {"closed_form": "none", "optimizer": "adam", "weights_lr": 0.01}
+    module = norm_module(norm_folder, holdout=0.0, **options)
     seen = FirstBatch()
     norm_fit(module, tmp_path, seen, max_steps=1)
     net, batch = NormNet().train(), seen.batch

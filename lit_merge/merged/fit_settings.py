@@ -15,7 +15,7 @@ Trainable = Literal["scale_shift", "all"]
 HeadFit = Literal["fixed", "refit"]
 CoefficientFit = Literal["none", "layer"]
 BatchNormMode = Literal["auto", "train", "freeze"]
-OptimizerName = Literal["adam", "muon"]
+OptimizerName = Literal["muon", "adam"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,8 @@ class FitSettings:
         feature_weight: Weight of the distance to the expert's final feature; 0 for none.
         mixup: Each example of a batch is blended with another of its task, in shares from
             Beta(mixup, mixup), and the experts answer for the blends; 0 for none.
-        optimizer: What the shared weights learn by where they are matrices: "adam", or "muon"; all
-            else learns by Adam.
+        optimizer: What shared weights that are matrices learn by, "muon" or "adam"; all else, and
+            with it all of "scale_shift", learns by Adam.
         lr: Largest learning rate of corrections, surgery and coefficients.
         weights_lr: Largest learning rate of shared weights and heads.
         elastic: Strength of the pull to the merged weights, in units of the loss per squared
@@ -58,7 +58,7 @@ class FitSettings:
     temperature: float = 2.0
     feature_weight: float = 0.0
     mixup: float = 0.0
-    optimizer: OptimizerName = "adam"
+    optimizer: OptimizerName = "muon"
     lr: float = 1e-2
     weights_lr: float = 3e-3
     elastic: float = 0.0
@@ -125,11 +125,6 @@ class FitSettings:
             raise InputError(
                 'batch_norm_mode: must not be "train" with elastic, whose precision belongs to '
                 f"running statistics that stay; got elastic {self.elastic}. Leave it out."
-            )
-        if self.optimizer == "muon" and self.trainable != "all":
-            raise InputError(
-                'optimizer: must go with trainable: "all" where it is "muon", which is for weight '
-                f'matrices; got "{self.trainable}". Leave it out.'
             )
         if self.patience and not self.holdout:
             raise InputError(

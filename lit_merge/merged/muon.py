@@ -8,7 +8,7 @@ References:
     Jordan et al. (2024), "Muon: An optimizer for hidden layers in neural networks" (momentum, the
     five Newton-Schulz iterations and their coefficients, a convolution as a matrix with a row per
     output channel, embeddings and heads left to Adam); Liu et al. (2025), arXiv:2502.16982 (steps
-    as long as Adam's).
+    of one length per entry, whatever the shape).
 """
 
 from __future__ import annotations
@@ -26,14 +26,17 @@ from lit_merge.sharding import local_part, own_part, whole
 MOMENTUM = 0.95
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
-_RMS = 0.2  # about that of Adam's steps, in units of the learning rate
+_RMS = (
+    0.6  # of a step, in learning rates: three times Adam's usual, which did best from Adam's rate
+)
 
 
 class MuonWithAdam(torch.optim.Adam):
     """Adam, except for groups of parameters with ``"muon": True``, which step by Muon.
 
-    A step of Muon is ``0.2 · lr · √max(rows, columns)`` times the momentum with its singular values
-    brought to about one, so that a learning rate that is right for Adam is right for it.
+    A step of Muon is ``0.6 · lr · √max(rows, columns)`` times the momentum with its singular values
+    brought to about one: entries move by 0.6 · lr in the root mean square, so that a learning rate
+    that is right for Adam is right for it.
 
     Args:
         groups: Groups of parameters, each with "params", "lr" and "muon".
