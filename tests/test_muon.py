@@ -70,7 +70,7 @@ def test_steps_are_those_of_pytorch(shape: tuple[int, int]) -> None:
     ours, theirs = (nn.Parameter(normal(*shape)) for _ in range(2))
     start = ours.detach().clone()
     optimizer = MuonWithAdam([{"params": [ours], "lr": 0.02, "muon": True}], eps=1e-12)
-    muon = torch.optim.Muon([theirs], lr=0.06, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    muon = torch.optim.Muon([theirs], lr=0.04, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     for step in range(4):
         ours.grad = normal(*shape, seed=step)
         theirs.grad = ours.grad.clone()
@@ -124,7 +124,7 @@ def test_a_gradient_of_nothing_but_rounding_moves_nothing() -> None:
         parameter.grad = size * normal(4, 4)
         MuonWithAdam([{"params": [parameter], "lr": 0.1, "muon": True}], eps=1e-6).step()
         moved.append(float(parameter.detach().abs().mean()))
-    assert moved[0] == pytest.approx(0.1 * 0.6, rel=0.3)
+    assert moved[0] == pytest.approx(0.1 * 0.4, rel=0.3)
     assert moved[1] < 0.002 * moved[0]
 
 

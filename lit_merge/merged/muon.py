@@ -26,16 +26,14 @@ from lit_merge.sharding import local_part, own_part, whole
 MOMENTUM = 0.95
 ITERATIONS = 5
 COEFFICIENTS = (3.4445, -4.775, 2.0315)
-_RMS = (
-    0.6  # of a step, in learning rates: three times Adam's usual, which did best from Adam's rate
-)
+_RMS = 0.4  # of the entries of a step, in learning rates: what Adam moves them by, or twice
 
 
 class MuonWithAdam(torch.optim.Adam):
     """Adam, except for groups of parameters with ``"muon": True``, which step by Muon.
 
-    A step of Muon is ``0.6 · lr · √max(rows, columns)`` times the momentum with its singular values
-    brought to about one: entries move by 0.6 · lr in the root mean square, so that a learning rate
+    A step of Muon is ``0.4 · lr · √max(rows, columns)`` times the momentum with its singular values
+    brought to about one: entries move by 0.4 · lr in the root mean square, so that a learning rate
     that is right for Adam is right for it.
 
     Args:
@@ -110,22 +108,29 @@ def orthogonalised(matrix: Tensor) -> Tensor:
 def hidden_matrices(network: nn.Module, parameters: Mapping[str, nn.Parameter]) -> set[str]:
     """Return the names of the parameters that are matrices from features to features.
 
-    These are two-dimensional weights and those of convolutions in one group; not so the tables of
-    embeddings, whose rows are seen one by one, and the weights of norms over several dimensions.
+    These are two-dimensional weights and those of convolutions in one group. Not so: tables of
+    embeddings, whose rows are seen one by one; the weights of norms over several dimensions; and
+    the first layer of a network without embeddings, which reads the input, where a weak direction
+    may be a pixel that is always black.
 
     Args:
         network: What the parameters are part of.
         parameters: Those that are asked about, by name in the network.
     """
-    convolutions, others = set(), set()
+    matrices: set[int] = set()
+    others: set[int] = set()
+    reads_input = True
     for module in network.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag | nn.LayerNorm | nn.RMSNorm):
             others.add(id(module.weight))
-        elif isinstance(module, _ConvNd) and module.groups == 1:
-            convolutions.add(id(module.weight))
-    return {
-        name
-        for name, parameter in parameters.items()
-        if id(parameter) in convolutions
-        or (parameter.ndim == 2 and name.endswith("weight") and id(parameter) not in others)
-    }
+            reads_input &= not isinstance(module, nn.Embedding | nn.EmbeddingBag)
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if name.endswith("weight") and parameter.ndim > 1:
+                if reads_input:
+                    others.add(id(parameter))
+                elif parameter.ndim == 2 or (isinstance(module, _ConvNd) and module.groups == 1):
+                    matrices.add(id(parameter))
+                reads_input = False
+    matrices -= others
+    return {name for name, parameter in parameters.items() if id(parameter) in matrices}
