@@ -20,7 +20,6 @@ from lit_merge.parameters import detect_heads
 PER_STEP = 32
 """Images of each task in a step of distillation."""
 TEMPERATURE = 2.0
-RATE = 3e-3
 
 
 class SharedBody(nn.Module):
@@ -90,7 +89,7 @@ def teachers(case: Case) -> dict[str, Tensor]:
 
 
 def distil(
-    network: SharedBody, case: Case, seconds: float, *, muon: bool, mixup: bool = False
+    network: SharedBody, case: Case, seconds: float, *, lr: float, muon: bool, mixup: bool = False
 ) -> None:
     """Fit all weights, heads too, to the experts' logits for some CPU seconds.
 
@@ -101,12 +100,12 @@ def distil(
     begin = time.process_time()
     targets = teachers(case)
     experts = {task: case.expert(task) for task in case.unlabelled} if mixup else {}
-    optimizer = _muon(network) if muon else torch.optim.AdamW(network.parameters(), lr=RATE)
+    optimizer = _muon(network, lr) if muon else torch.optim.AdamW(network.parameters(), lr=lr)
     generator = torch.Generator().manual_seed(case.seed)
     network.train()
     while (spent := (time.process_time() - begin) / seconds) < 1:
         for group in optimizer.param_groups:
-            group["lr"] = RATE * (1 + math.cos(math.pi * spent)) / 2
+            group["lr"] = lr * (1 + math.cos(math.pi * spent)) / 2
         chosen = {
             task: torch.randperm(len(images), generator=generator)[:PER_STEP]
             for task, images in case.unlabelled.items()
@@ -130,15 +129,14 @@ def distil(
     network.eval()
 
 
-def _muon(network: SharedBody) -> torch.optim.Optimizer:
+def _muon(network: SharedBody, lr: float) -> torch.optim.Optimizer:
     body = dict(network.body.named_parameters())
     hidden = hidden_matrices(network.body, body) - set(detect_heads(network.body))
     matrices = [body[name] for name in hidden]
     stepped = set(map(id, matrices))
     rest = [p for p in network.parameters() if id(p) not in stepped]
     groups = [
-        {"params": part, "lr": RATE, "muon": muon}
-        for part, muon in ((rest, False), (matrices, True))
+        {"params": part, "lr": lr, "muon": muon} for part, muon in ((rest, False), (matrices, True))
     ]
     return MuonWithAdam(groups, eps=1e-6)
 
