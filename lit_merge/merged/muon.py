@@ -1,8 +1,8 @@
 """Muon for weight matrices, Adam for everything else: the optimizer of a fit of all weights.
 
 Adam looks at each entry of a weight matrix alone. The gradient of a few hundred examples has a few
-large singular values, and Adam's steps go mostly along these; Muon steps along all singular
-directions alike, which a fit of a few hundred steps has more of.
+large singular values, and Adam's steps go mostly along these. Muon steps along all singular
+directions alike, which brings a fit of a few hundred steps further.
 
 References:
     Jordan et al. (2024), "Muon: An optimizer for hidden layers in neural networks" (momentum, the
