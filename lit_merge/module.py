@@ -87,8 +87,8 @@ class MergeModule(LearnedClassifier):
         method: How to merge.
         merged: A merged or corrected folder, instead of merging.
         correction: Makes a correction module from (number of tasks, number of channels).
-        sites: Where to correct; see :func:`lit_merge.correction.find_sites`. A corrected folder
-            brings its own.
+        sites: Where to correct; see :func:`lit_merge.correction.find_sites`. [] leaves nothing per
+            task but heads. A corrected folder brings its own.
         least_squares: How to solve the layers for the experts' activations; None leaves them.
         closed_form: "tact" sets a scale and shift per task and channel when the first fit starts,
             from activation statistics (with least_squares, as these say), "repair" one for all

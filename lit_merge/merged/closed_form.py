@@ -153,7 +153,7 @@ def apply_closed_form(
             reestimate_batch_norm(network.network, batches, context=network.context, forward=run)
     if settings.least_squares is not None:
         solved = _solve(network, settings, settings.least_squares, batches, sources)
-    elif settings.closed_form != "none":
+    elif settings.closed_form != "none" and network.sites:
         fit = fit_tact if settings.closed_form == "tact" else fit_repair
         fit(
             network.network,
@@ -212,7 +212,9 @@ def _solve(
         least_squares,
         context=network.context,
         forward=sources.surroundings.run,
-        corrections=network.corrections if settings.closed_form == "tact" else None,
+        corrections=(
+            network.corrections if settings.closed_form == "tact" and network.sites else None
+        ),
         precisions=sources.precisions() if least_squares.precision else None,
         solved=sources.advance,
     )

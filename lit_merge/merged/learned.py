@@ -338,11 +338,13 @@ class LearnedClassifier(MergedClassifier):
         )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return the optimizer, with a cosine to zero.
+        """Return the optimizer, with a cosine to zero; none for a fit of the closed form alone.
 
         Raises:
             InputError: If there is nothing to learn.
         """
+        if self.trainer.max_steps == 0:
+            return []
         optimizer = fit_optimizer(self.network, self.learned, self.fit)
         return with_cosine(self, optimizer, first_steps=RISING_STEPS)
 

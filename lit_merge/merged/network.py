@@ -302,10 +302,12 @@ def choose_sites(
 
     Args:
         network: The architecture.
-        where: A kind of site or a pattern, or several of these.
+        where: A kind of site or a pattern, or several of these; an empty list for no site at all.
         head_names: Names of the tensors that each task has of its own.
         example_inputs: Two or more examples, for the kinds that a run alone shows.
     """
+    if not isinstance(where, str) and not where:
+        return ()
     exclude = (*detect_heads(network), *head_names)
     return find_sites(network, where=where, exclude=exclude, example_inputs=example_inputs)
 
