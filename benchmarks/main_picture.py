@@ -23,7 +23,10 @@ CONTROLS = {
         "control: base + TACT + learned, 300 steps",
         "control: base + TACT + learned",
     ),
-    "all weights distilled from the average": ("control: all weights distilled from the average",),
+    "all weights distilled from the average": (
+        "control: the same by Muon",
+        "control: all weights distilled from the average",
+    ),
 }
 TEXT, VISION = "Text: four tasks with heads of their own", "Vision: local and non-local"
 
@@ -68,8 +71,7 @@ def main() -> None:
         controls[title] = {
             control: value(of[name][column])
             for control, names in CONTROLS.items()
-            for name in names
-            if name in of
+            for name in [name for name in names if name in of][:1]
         }
     (HERE / "plots").mkdir(exist_ok=True)
     stage_bars(HERE / "plots/steps.svg", panels, controls=controls, replace=True)
