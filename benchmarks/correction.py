@@ -48,6 +48,11 @@ ALL_WEIGHTS: dict[str, dict[str, Any]] = {
     "cnn": {"trainable": "all", "lr": 3e-3, "weights_lr": 6e-3, "feature_weight": 0.0},
     "vit": {"trainable": "all", "lr": 3e-3, "weights_lr": 3e-3, "feature_weight": 5.0},
 }
+# One model for all tasks cannot have the features of four experts.
+ONE_MODEL: dict[str, dict[str, Any]] = {
+    "cnn": {},
+    "vit": {"feature_weight": 0.0, "heads": "refit"},
+}
 # Mixup lost a point on the CNN.
 MIXED_STEPS: dict[str, tuple[int, ...]] = {"cnn": (), "vit": (1000,)}
 NO_DATA, CONTROLS, STAGES = "without data", "controls", "stages"
@@ -145,7 +150,8 @@ def stages(bench: Bench, steps: Sequence[int], learned: dict[str, float]) -> Ite
             yield row
     # The last of them again with the same weights for all tasks: no sites, no scale and shift.
     name, settings, counts = fits[-1]
-    shared = bench.merge(Average(), closed_form="none", least_squares=solved, sites=[], **settings)
+    settings = {**settings, **ONE_MODEL[bench.case.architecture], "sites": []}
+    shared = bench.merge(Average(), closed_form="none", least_squares=solved, **settings)
     yield bench.run(f"{name}, {counts[-1]}, nothing per task but heads", shared, steps=counts[-1])
 
 
