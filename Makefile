@@ -8,7 +8,7 @@ demo: .venv/.demo-ready
 	$(BIN)/lit-merge demo --output runs/demo --replace
 
 test: check
-	$(BIN)/pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	$(BIN)/pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 check: .venv/.dev-ready
 	$(BIN)/ruff check .

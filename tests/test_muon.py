@@ -101,19 +101,21 @@ def test_everything_else_steps_as_adam_alone() -> None:
     assert "exp_avg" not in optimizer.state[matrix]
 
 
-def test_a_convolution_is_a_matrix_in_any_memory_format() -> None:
-    kernel = normal(6, 2, 3, 3)
-    gradient = normal(6, 2, 3, 3, seed=1)
+@pytest.mark.parametrize(("outputs", "inputs"), [(6, 2), (24, 2)])
+def test_a_convolution_is_a_matrix_in_any_memory_format(outputs: int, inputs: int) -> None:
+    """Also where there are more output channels than weights of one."""
+    kernel, gradient = (normal(outputs, inputs, 3, 3, seed=seed) for seed in range(2))
+    size = (outputs, 9 * inputs)
     stepped = []
     for shape, order in (
-        ((6, 18), torch.contiguous_format),
-        ((6, 2, 3, 3), torch.contiguous_format),
-        ((6, 2, 3, 3), torch.channels_last),
+        (size, torch.contiguous_format),
+        (kernel.shape, torch.contiguous_format),
+        (kernel.shape, torch.channels_last),
     ):
         parameter = nn.Parameter(kernel.reshape(shape).clone(memory_format=order))
         parameter.grad = gradient.reshape(shape).clone(memory_format=order)
         MuonWithAdam([{"params": [parameter], "lr": 0.1, "muon": True}], eps=1e-6).step()
-        stepped.append(parameter.detach().reshape(6, 18))
+        stepped.append(parameter.detach().reshape(size))
     assert torch.equal(stepped[0], stepped[1])
     torch.testing.assert_close(stepped[2], stepped[0])
 

@@ -343,7 +343,7 @@ class LearnedClassifier(MergedClassifier):
         Raises:
             InputError: If there is nothing to learn.
         """
-        if self.trainer.max_steps == 0:
+        if 0 in (self.trainer.max_steps, self.trainer.max_epochs):
             return []
         optimizer = fit_optimizer(self.network, self.learned, self.fit)
         return with_cosine(self, optimizer, first_steps=RISING_STEPS)

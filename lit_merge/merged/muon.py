@@ -78,7 +78,7 @@ class MuonWithAdam(torch.optim.Adam):
             ahead = whole(gradient.lerp(momentum, MOMENTUM)).flatten(1)
             rms = ahead.float().square().mean().sqrt()
             length = _RMS * math.sqrt(max(ahead.shape)) * rms / (rms + group["eps"])
-            step = (length * orthogonalised(ahead)).view(parameter.shape).to(parameter.dtype)
+            step = (length * orthogonalised(ahead)).reshape(parameter.shape).to(parameter.dtype)
             local_part(parameter).sub_(own_part(step, parameter), alpha=group["lr"])
 
 
