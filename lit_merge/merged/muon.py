@@ -85,8 +85,8 @@ class MuonWithAdam(torch.optim.Adam):
 def orthogonalised(matrix: Tensor) -> Tensor:
     """Return a matrix with the singular vectors of another, and singular values near one.
 
-    Five Newton-Schulz iterations bring those above a hundredth of the largest into [0.65, 1.25], and
-    smaller ones nearer to one; in bfloat16 on a GPU, where its matrix products are fast.
+    Five Newton-Schulz iterations bring those above a hundredth of the largest into [0.65, 1.25]; in
+    bfloat16 on a GPU, where its matrix products are fast.
 
     Args:
         matrix: ``[n, m]``.
